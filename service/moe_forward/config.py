@@ -1,0 +1,130 @@
+"""The one configuration document: read once at start, frozen, unknown keys refused. Flags override it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moe_forward.errors import ConfigError
+
+MIB = 1 << 20
+
+
+class Config(BaseModel):
+    """Everything that can be set. Each field says its unit in its name and its meaning in its description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="moe-forward configuration")
+
+    model: str = Field("synthetic:tiny", description="Checkpoint folder, or synthetic:NAME to make and serve a preset.")
+    served_model_name: str | None = Field(None, description="Name in URLs and metrics; default: the folder's name.")
+    layers: str | None = Field(None, description="Layers to serve, such as 3-60 or 3,5,7-9; default: every MoE layer.")
+
+    ranks: int | None = Field(None, ge=1, le=1024, description="Ranks, one per GPU; default: all GPUs, or 2 on CPU.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where a GPU is visible.")
+    exchange: Literal["auto", "deepep", "nccl", "gloo", "local"] = Field(
+        "auto", description="How tokens move between ranks; auto: local for one rank, gloo on CPU, deepep on GPUs."
+    )
+    experts: Literal["auto", "cutlass", "reference"] = Field(
+        "auto", description="What computes the experts; auto: reference on CPU, cutlass on GPUs."
+    )
+    activation_scale: Literal["token", "token_group"] = Field(
+        "token", description="Granularity of activation scales: one per token, or one per token and 128 channels."
+    )
+    rank_threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default: cores / ranks.")
+
+    host: str = Field("127.0.0.1", description="Address the HTTP front end listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
+    metrics_port: int = Field(9400, ge=0, le=65535, description="Port of GET /metrics; 0 takes a free one.")
+    admin_token_file: Path | None = Field(None, description="File with the bearer token of POST /v1/drain.")
+
+    max_step_tokens: int = Field(8192, ge=1, le=1 << 20, description="Rows of one step at most.")
+    max_step_requests: int = Field(256, ge=1, le=256, description="Requests of one step at most.")
+    max_wait_us: int = Field(200, ge=0, le=1_000_000, description="Longest wait for more requests of the same layer.")
+    max_request_tokens: int = Field(4096, ge=1, le=1 << 20, description="Rows of one request at most.")
+    max_body_bytes: int = Field(256 * MIB, ge=1024, description="Request body at most.")
+    max_json_bytes: int = Field(1 * MIB, ge=1024, description="Request body in application/json at most.")
+    max_queue_requests: int = Field(1024, ge=1, description="Requests waiting at most; more are refused with 429.")
+    max_queue_tokens: int = Field(65536, ge=1, description="Rows waiting at most; more are refused with 429.")
+    slab_bytes: int = Field(1024 * MIB, ge=1 * MIB, description="Shared memory of a front end for bodies and replies.")
+
+    default_timeout_seconds: float = Field(30.0, gt=0, le=3600, description="Deadline where a request names none.")
+    max_timeout_seconds: float = Field(600.0, gt=0, le=3600, description="Longest deadline a request may name.")
+    body_timeout_seconds: float = Field(30.0, gt=0, description="Longest time to receive a body.")
+    step_timeout_seconds: float = Field(120.0, gt=0, description="A step that takes longer means a lost rank group.")
+    start_timeout_seconds: float = Field(600.0, gt=0, description="The process ends when ranks are not ready by then.")
+    drain_timeout_seconds: float = Field(30.0, ge=0, description="Longest wait for requests in flight on SIGTERM.")
+    max_rank_restarts: int = Field(3, ge=0, description="Times a lost rank group is started again before giving up.")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    log_format: Literal["text", "json"] = Field("text", description="One line of text or one JSON object a record.")
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> Config:
+        if self.max_request_tokens > self.max_step_tokens:
+            raise ValueError(
+                f"max_request_tokens ({self.max_request_tokens}) must not exceed max_step_tokens "
+                f"({self.max_step_tokens}): a request is never split over steps"
+            )
+        if self.max_request_tokens > self.max_queue_tokens:
+            raise ValueError(
+                f"max_request_tokens ({self.max_request_tokens}) must not exceed max_queue_tokens "
+                f"({self.max_queue_tokens}): such a request could never be queued"
+            )
+        return self
+
+
+def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
+    """Read the YAML or JSON document at `path` (none: defaults) and lay `overrides` over it.
+
+    overrides: field name -> value; values of None are ignored.
+    Returns: the frozen configuration.
+    Raises: ConfigError naming the key, what was expected and what came.
+    """
+    document: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text())  # JSON is YAML
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the configuration {path} is not YAML or JSON: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"the configuration {path} must be a mapping of keys, not {type(loaded).__name__}")
+        document = loaded or {}
+    document |= {key: value for key, value in overrides.items() if value is not None}
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {item['msg']}, got {item['input']!r}"
+            if item["type"] != "extra_forbidden"
+            else f"{'.'.join(str(part) for part in item['loc'])}: no such key"
+            for item in error.errors()
+        )
+        raise ConfigError(f"bad configuration: {problems}") from error
+
+
+def parse_layers(text: str | None, available: tuple[int, ...]) -> tuple[int, ...]:
+    """Resolve a `layers` setting such as "3-60" or "3,5,7-9" against the layers a checkpoint has.
+
+    Returns: ids ascending; all of `available` for None.
+    Raises: ConfigError for a malformed range or a layer that is not an MoE layer of the checkpoint.
+    """
+    if text is None:
+        return available
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(f"layers: expected ids and ranges such as 3-60 or 3,5,7-9, got {text!r}")
+        low, high = int(first), int(last or first)
+        if high < low or high - low > 100_000:
+            raise ConfigError(f"layers: the range {part.strip()!r} is empty or far too long")
+        chosen.update(range(low, high + 1))
+    missing = sorted(chosen - set(available))
+    if missing:
+        raise ConfigError(f"layers: {missing[:5]} are not MoE layers of the checkpoint; it has {list(available)[:70]}")
+    return tuple(sorted(chosen))

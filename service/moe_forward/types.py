@@ -1,0 +1,251 @@
+"""The nouns that travel between the front end, the engine and the ranks.
+
+Dimensions everywhere: T tokens, H hidden, I intermediate, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+GateKind = Literal["deepseek_v3", "softmax"]
+ActivationScale = Literal["token", "token_group"]
+
+SCALE_GROUP = 128
+"""Channels that share one activation scale when the granularity is `token_group`."""
+
+PHASES = ("route", "quantize", "dispatch", "gemm1", "activation", "gemm2", "combine", "shared_experts", "host_copy")
+"""The parts of a step that a rank times, in the order they happen (host_copy is the sum of both ends)."""
+
+
+class DType(enum.IntEnum):
+    """Element types that a tensor in a slab can have."""
+
+    BF16 = 0
+    F16 = 1
+    F32 = 2
+    F8_E4M3 = 3
+    I32 = 4
+    I64 = 5
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return (2, 2, 4, 1, 4, 8)[self]
+
+
+@dataclass(frozen=True, slots=True)
+class GateSpec:
+    """How a layer chooses experts when the client does not.
+
+    kind: which gate (`moe_forward.gates`).
+    num_groups, top_groups: DeepSeek-V3's group limit; experts are chosen inside the best `top_groups` of `num_groups`.
+    normalize: divide the chosen weights by their sum.
+    scaling_factor: multiply the chosen weights.
+    """
+
+    kind: GateKind
+    num_groups: int = 1
+    top_groups: int = 1
+    normalize: bool = True
+    scaling_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a checkpoint's MoE layers look like.
+
+    name: the name the model is served under.
+    hidden_size, intermediate_size: H and I of one routed expert.
+    num_experts, top_k: E and K.
+    shared_intermediate_size: I of the shared expert, 0 where the model has none.
+    layers: ids of the served MoE layers, ascending.
+    group_size: input channels that share one weight scale.
+    gate: routing when the client sends neither ids nor logits.
+    """
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    shared_intermediate_size: int
+    layers: tuple[int, ...]
+    group_size: int
+    gate: GateSpec
+
+
+class Routing(enum.IntEnum):
+    """Who chose the experts of a request."""
+
+    SERVER = 0
+    TOPK = 1
+    LOGITS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A row-major tensor [tokens, columns] inside a front end's slab.
+
+    offset: bytes from the start of the slab (any alignment).
+    columns: elements of one row.
+    """
+
+    offset: int
+    dtype: DType
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRequest:
+    """One request as the engine and the ranks see it; its bytes stay in the slab of front end `front`.
+
+    front: front end that owns the slab. request: that front end's id, never reused.
+    layer, tokens: which layer, how many rows (>= 1).
+    deadline_seconds: on CLOCK_MONOTONIC, which all processes of a host share.
+    shared_experts: add the shared experts' output.
+    hidden: [T, H] BF16, F16, F32 or F8_E4M3.
+    hidden_scales: [T, 1] or [T, H/128] F32 for fp8 input, else None.
+    routing: TOPK reads `chosen` as ids [T, K] I32 or I64 and `weights` [T, K] F32; LOGITS reads `chosen` as
+        router logits [T, E] F32 or BF16; SERVER reads neither.
+    output: [T, H] where the ranks write the result.
+    """
+
+    front: int
+    request: int
+    layer: int
+    tokens: int
+    deadline_seconds: float
+    shared_experts: bool
+    hidden: TensorRef
+    hidden_scales: TensorRef | None
+    routing: Routing
+    chosen: TensorRef | None
+    weights: TensorRef | None
+    output: TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One collective forward of one layer over all ranks.
+
+    step: number, ascending. generation: the rank group it was made for; replies of another generation are dropped.
+    requests: whose rows the step holds, in row order.
+    """
+
+    step: int
+    generation: int
+    layer: int
+    requests: tuple[ForwardRequest, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the step over all requests."""
+        return sum(request.tokens for request in self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one rank reports of one step.
+
+    phase_seconds: one figure for each of `PHASES`.
+    routed_rows: rows this rank's experts computed.
+    requantized_tokens: fp8 rows that came with the other granularity.
+    non_finite: indexes into `Step.requests` of requests with NaN or Inf in the rows this rank read.
+    error: empty, or why this rank could not do the step (its group is then lost).
+    """
+
+    step: int
+    generation: int
+    rank: int
+    phase_seconds: tuple[float, ...]
+    routed_rows: int
+    requantized_tokens: int = 0
+    non_finite: tuple[int, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """A rank as `GET /v1/ranks` and `/v1/placement` show it.
+
+    state: starting, ready or lost. since: Unix time of the last change of state.
+    experts: ids [first, last) of every layer it holds. memory_bytes: weights it holds.
+    """
+
+    rank: int
+    state: Literal["starting", "ready", "lost"]
+    since: float
+    pid: int = 0
+    node: str = ""
+    device: str = ""
+    experts: tuple[int, int] = (0, 0)
+    memory_bytes: int = 0
+    load_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """The engine as a front end knows it.
+
+    ready: every rank of `generation` is up and warm. reason: why not, else empty; it starts with "failed:" when the
+        group cannot come back by itself.
+    lost: a rank of `generation` died or hung, and the group waits to be started again.
+    backend, kernel: the exchange and the experts that the ranks chose.
+    """
+
+    ready: bool = False
+    lost: bool = False
+    generation: int = 0
+    reason: str = "the engine has not reported yet"
+    ranks: tuple[RankInfo, ...] = ()
+    restarts: int = 0
+    backend: str = ""
+    kernel: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardResult:
+    """How a request ended, as the engine tells its front end.
+
+    code: None when the output is in the slab, else why not, with `message` and `retry_after_seconds`.
+    queue_seconds, step_seconds: waiting and computing. batch_tokens, batch_requests: the step it was part of.
+    held: ranks of a lost group may still touch the request's bytes; a `Released` message follows when they are gone.
+    """
+
+    front: int
+    request: int
+    code: int | None = None
+    message: str = ""
+    retry_after_seconds: float | None = None
+    queue_seconds: float = 0.0
+    step_seconds: float = 0.0
+    batch_tokens: int = 0
+    batch_requests: int = 0
+    held: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One finished step, for the metrics of one front end: the results of all ranks, and the queue behind it."""
+
+    layer: int
+    tokens: int
+    requests: int
+    queue_requests: int
+    queue_tokens: int
+    results: tuple[StepResult, ...] = field(default=())
+
+
+def expert_range(rank: int, ranks: int, num_experts: int) -> range:
+    """Expert ids that `rank` of `ranks` holds: contiguous, sizes differing by at most one.
+
+    Returns: ids ascending; every expert is on exactly one rank.
+    """
+    return range(rank * num_experts // ranks, (rank + 1) * num_experts // ranks)
+
+
+def token_range(rank: int, ranks: int, tokens: int) -> range:
+    """Rows of a step that `rank` of `ranks` reads, routes and answers: contiguous, sizes differing by at most one."""
+    return range(rank * tokens // ranks, (rank + 1) * tokens // ranks)
