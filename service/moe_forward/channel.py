@@ -1,0 +1,207 @@
+"""Signals between front ends, engine and ranks: one datagram a message over AF_UNIX SOCK_SEQPACKET.
+
+SEQPACKET keeps message boundaries, carries a slab's descriptor (SCM_RIGHTS) and tells within milliseconds when the
+process at the other end is gone. Bytes of tensors never travel here. `moe_forward.messages` says what a datagram holds.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from moe_forward.errors import ChannelClosed
+from moe_forward.messages import Message, pack, unpack
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 192 * 1024
+"""Longest datagram: below the kernel's default socket buffer limit (net.core.wmem_max, 208 KiB)."""
+
+_PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+def listen(path: Path) -> socket.socket:
+    """Bind a listening socket at `path`, replacing what a dead process left there."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    path.chmod(0o600)
+    listener.listen(1024)
+    return listener
+
+
+def connect(path: Path) -> socket.socket:
+    """Connect to the engine at `path`; raises OSError when nobody listens there."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def same_user(sock: socket.socket) -> bool:
+    """Tell whether the process at the other end runs as our own user."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    return bool(_PEER_CREDENTIALS.unpack(raw)[1] == os.getuid())
+
+
+class _Receiver:
+    """Reads datagrams into one buffer, with the descriptors they carry."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE_BYTES)
+        self._sock = sock
+        self._buffer = bytearray(MAX_MESSAGE_BYTES)
+
+    def receive(self) -> tuple[Message, list[int]]:
+        """Return the next message and its descriptors (the caller closes them); raises ChannelClosed at the end."""
+        try:
+            size, ancillary, flags, _ = self._sock.recvmsg_into(
+                [self._buffer], socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError as error:
+            raise ChannelClosed(str(error)) from error
+        fds = array.array("i")
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        try:
+            if size == 0:
+                raise ChannelClosed("the other end is gone")
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise ChannelClosed("a message was longer than the limit")
+            return _read(memoryview(self._buffer)[:size]), fds.tolist()
+        except ChannelClosed:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+
+def _read(data: memoryview) -> Message:
+    """Return the message in `data`; what cannot be read means another program or version: raises ChannelClosed."""
+    try:
+        return unpack(data)
+    except (ValueError, TypeError, KeyError, struct.error) as error:
+        raise ChannelClosed(f"a message could not be read: {error}") from error
+
+
+def _send(sock: socket.socket, data: bytes, fd: int | None) -> None:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
+    if fd is None:
+        sock.send(data, socket.MSG_NOSIGNAL)
+    else:
+        socket.send_fds(sock, [data], [fd], socket.MSG_NOSIGNAL)
+
+
+class BlockingChannel:
+    """A channel for a loop that does one thing at a time (a rank)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._receiver = _Receiver(sock)
+
+    def receive(self) -> tuple[Message, list[int]]:
+        """Wait for the next message and its descriptors; raises ChannelClosed when the other end is gone."""
+        return self._receiver.receive()
+
+    def send(self, message: Message) -> None:
+        """Send one message; raises ChannelClosed when the other end is gone."""
+        try:
+            _send(self._sock, pack(message), None)
+        except ConnectionError as error:
+            raise ChannelClosed(str(error)) from error
+
+    def close(self) -> None:
+        """Close our end."""
+        self._sock.close()
+
+
+class AsyncChannel:
+    """A channel on an asyncio loop (front end, engine): never blocks, keeps order, calls back.
+
+    on_message: called with each message and the descriptors it carried (the callee closes them).
+    on_close: called once when the other end is gone; not after `close`.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_message: Callable[[AsyncChannel, Message, list[int]], None],
+        on_close: Callable[[AsyncChannel], None],
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._receiver = _Receiver(sock)
+        self._on_message = on_message
+        self._on_close = on_close
+        self._pending: deque[tuple[bytes, int | None]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._loop.add_reader(sock, self._readable)
+
+    def send(self, message: Message, fd: int | None = None) -> None:
+        """Send one message, or queue it while the socket is full; silently dropped once the other end is gone.
+
+        fd: a descriptor to pass along; a copy is kept until it is sent, so the caller may close its own.
+        """
+        if self._closed:
+            return
+        data = pack(message)
+        if not self._pending:
+            try:
+                _send(self._sock, data, fd)
+                return
+            except BlockingIOError:
+                self._loop.add_writer(self._sock, self._writable)
+            except ConnectionError:
+                return  # the reader sees the end next and calls on_close
+        self._pending.append((data, None if fd is None else os.dup(fd)))
+
+    def close(self) -> None:
+        """Close our end and forget what is queued."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        for _, fd in self._pending:
+            if fd is not None:
+                os.close(fd)
+        self._pending.clear()
+        self._sock.close()
+
+    def _readable(self) -> None:
+        for _ in range(64):  # then let other sockets have their turn
+            if self._closed:
+                return
+            try:
+                message, fds = self._receiver.receive()
+            except BlockingIOError:
+                return
+            except ChannelClosed as error:
+                log.info("a channel ended: %s", error)
+                self.close()
+                self._on_close(self)
+                return
+            self._on_message(self, message, fds)
+
+    def _writable(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while self._pending:
+                data, fd = self._pending[0]
+                _send(self._sock, data, fd)
+                self._pending.popleft()
+                if fd is not None:
+                    os.close(fd)
+            self._loop.remove_writer(self._sock)

@@ -1,0 +1,350 @@
+"""The engine: one queue, one step at a time over all ranks; it touches no tensor bytes and knows nothing of HTTP.
+
+Front ends and ranks connect to its socket. It answers every request it was sent exactly once. Everything runs on one
+asyncio loop; `_pump` is called after each event and is the only place that starts a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass, replace
+
+from moe_forward.batcher import Batcher, BatchLimits, Queued
+from moe_forward.channel import AsyncChannel, same_user
+from moe_forward.errors import ErrorCode
+from moe_forward.messages import (
+    Announce,
+    AttachSlab,
+    Cancel,
+    DetachSlab,
+    FrontHello,
+    FrontWelcome,
+    Message,
+    RankHello,
+    Released,
+)
+from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, RankInfo, Step, StepReport, StepResult
+
+log = logging.getLogger(__name__)
+
+RATE_SMOOTHING = 0.1
+MAX_RETRY_AFTER_SECONDS = 30.0
+LOST_RETRY_AFTER_SECONDS = 2.0
+
+
+@dataclass(slots=True)
+class _Front:
+    number: int
+    slab_fd: int
+    slab_bytes: int
+
+
+@dataclass(slots=True)
+class _Running:
+    step: Step
+    queued: list[Queued]
+    started_seconds: float
+    results: dict[int, StepResult]
+    watchdog: asyncio.TimerHandle
+
+
+class Engine:
+    """Queues requests, forms steps, sends them to the ranks of the current group and answers the front ends.
+
+    limits: of the queue and of a step. step_timeout_seconds: a step that takes longer loses the group.
+    """
+
+    def __init__(self, limits: BatchLimits, step_timeout_seconds: float) -> None:
+        self._batcher = Batcher(limits)
+        self._step_timeout_seconds = step_timeout_seconds
+        self._channels: set[AsyncChannel] = set()
+        self._fronts: dict[AsyncChannel, _Front] = {}
+        self._ranks: dict[AsyncChannel, tuple[int, int]] = {}  # channel -> (generation, rank)
+        self._status = EngineStatus(reason="no rank group was announced yet")
+        self._running: _Running | None = None
+        self._held: dict[int, list[ForwardRequest]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._next_front = 0
+        self._next_step = 0
+        self._tokens_per_second = 0.0
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Accept front ends and ranks until cancelled, then hang up on all of them."""
+        loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        try:
+            while True:
+                sock, _ = await loop.sock_accept(listener)
+                if same_user(sock):
+                    self._channels.add(AsyncChannel(sock, self._on_message, self._on_close))
+                else:
+                    log.warning("refused a connection from another user")
+                    sock.close()
+        finally:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        for timer in (self._timer, self._running.watchdog if self._running else None):
+            if timer is not None:
+                timer.cancel()
+        for channel in self._channels:
+            channel.close()
+        for front in self._fronts.values():
+            os.close(front.slab_fd)
+
+    # Events
+
+    def _on_message(self, channel: AsyncChannel, message: Message, fds: list[int]) -> None:
+        if isinstance(message, FrontHello) and len(fds) == 1:
+            self._add_front(channel, message, fds.pop())
+        elif isinstance(message, RankHello):
+            self._add_rank(channel, message)
+        elif isinstance(message, ForwardRequest) and channel in self._fronts:
+            self._submit(channel, replace(message, front=self._fronts[channel].number))
+        elif isinstance(message, Cancel) and channel in self._fronts:
+            self._cancel(self._fronts[channel].number, message.request)
+        elif isinstance(message, Announce) and channel in self._fronts:
+            self._expect(message)
+        elif isinstance(message, StepResult) and channel in self._ranks:
+            self._collect(message)
+        else:
+            log.warning("unexpected %s: hanging up", type(message).__name__)
+            channel.close()
+            self._on_close(channel)
+        for fd in fds:
+            os.close(fd)
+        self._pump()
+
+    def _on_close(self, channel: AsyncChannel) -> None:
+        self._channels.discard(channel)
+        front = self._fronts.pop(channel, None)
+        if front is not None:
+            self._batcher.drop_front(front.number)
+            for rank in self._ranks:
+                rank.send(DetachSlab(front.number))
+            os.close(front.slab_fd)
+        member = self._ranks.pop(channel, None)
+        if member is not None:
+            self._rank_gone(*member)
+        self._pump()
+
+    def _add_front(self, channel: AsyncChannel, hello: FrontHello, slab_fd: int) -> None:
+        front = _Front(self._next_front, slab_fd, hello.slab_bytes)
+        self._next_front += 1
+        self._fronts[channel] = front
+        for rank in self._ranks:
+            rank.send(AttachSlab(front.number, front.slab_bytes), front.slab_fd)
+        channel.send(FrontWelcome(front.number))
+        channel.send(self._status)
+
+    def _add_rank(self, channel: AsyncChannel, hello: RankHello) -> None:
+        rank = hello.info.rank
+        if hello.generation != self._status.generation or rank >= len(self._status.ranks) or self._status.lost:
+            log.warning("rank %d of generation %d is not expected now: hanging up", rank, hello.generation)
+            channel.close()
+            self._channels.discard(channel)
+            return
+        self._ranks[channel] = (hello.generation, rank)
+        for front in self._fronts.values():
+            channel.send(AttachSlab(front.number, front.slab_bytes), front.slab_fd)
+        infos = _replaced(self._status.ranks, replace(hello.info, state="ready", since=time.time()))
+        missing = sum(info.state != "ready" for info in infos)
+        reason = f"waiting for {missing} of {len(infos)} ranks" if missing else ""
+        self._tell(
+            replace(
+                self._status,
+                ranks=infos,
+                reason=reason,
+                ready=not missing,
+                backend=hello.backend,
+                kernel=hello.kernel,
+            )
+        )
+
+    def _expect(self, announce: Announce) -> None:
+        if announce.failed:
+            self._lose(f"failed: {announce.failed}", [])
+            return
+        if announce.generation == self._status.generation:
+            return  # said again after a reconnection; this group's ranks may have come already
+        # Ray can tell the supervisor of a dead rank before its socket tells us.
+        self._give_up("a new rank group is being started")
+        starting = tuple(RankInfo(rank, "starting", time.time()) for rank in range(announce.ranks))
+        reason = f"waiting for {announce.ranks} of {announce.ranks} ranks"
+        self._tell(
+            EngineStatus(generation=announce.generation, ranks=starting, restarts=announce.restarts, reason=reason)
+        )
+
+    # Requests
+
+    def _submit(self, channel: AsyncChannel, request: ForwardRequest) -> None:
+        now = time.monotonic()
+        if not self._status.ready:
+            code = ErrorCode.RANK_LOST if self._status.lost else ErrorCode.NOT_READY
+            self._refuse(request, code, self._status.reason, LOST_RETRY_AFTER_SECONDS)
+        elif not self._batcher.add(request, now):
+            waiting = f"{self._batcher.requests} requests with {self._batcher.tokens} tokens are waiting"
+            self._refuse(request, ErrorCode.QUEUE_FULL, f"the queue is full: {waiting}", self._drain_seconds())
+
+    def _cancel(self, front: int, request: int) -> None:
+        queued = self._batcher.cancel(front, request)
+        if queued is not None:
+            self._refuse(queued.request, ErrorCode.CANCELLED, "the client went away")
+
+    def _refuse(
+        self,
+        request: ForwardRequest,
+        code: ErrorCode,
+        message: str,
+        retry_after_seconds: float | None = None,
+        held: bool = False,
+    ) -> None:
+        result = ForwardResult(request.front, request.request, code, message, retry_after_seconds, held=held)
+        self._answer(result)
+
+    def _answer(self, result: ForwardResult) -> None:
+        for channel, front in self._fronts.items():
+            if front.number == result.front:
+                channel.send(result)
+
+    def _drain_seconds(self) -> float:
+        if self._tokens_per_second <= 0:
+            return LOST_RETRY_AFTER_SECONDS
+        return min(MAX_RETRY_AFTER_SECONDS, max(1.0, self._batcher.tokens / self._tokens_per_second))
+
+    # Steps
+
+    def _pump(self) -> None:
+        now = time.monotonic()
+        for queued in self._batcher.expire(now):
+            waited = now - queued.arrived_seconds
+            self._refuse(
+                queued.request, ErrorCode.DEADLINE_EXCEEDED, f"the deadline passed after {waited:.3f} s in the queue"
+            )
+        if self._running is None and self._status.ready:
+            queued_requests = self._batcher.next_step(now)
+            if queued_requests:
+                self._start(queued_requests, now)
+        self._set_timer(now)
+
+    def _set_timer(self, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        wake = self._batcher.wake_seconds(idle=self._running is None and self._status.ready)
+        if wake < float("inf"):
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wake - now), self._pump)
+
+    def _start(self, queued: list[Queued], now: float) -> None:
+        requests = tuple(item.request for item in queued)
+        step = Step(self._next_step, self._status.generation, requests[0].layer, requests)
+        self._next_step += 1
+        loop = asyncio.get_running_loop()
+        watchdog = loop.call_later(self._step_timeout_seconds, self._stalled, step.step)
+        self._running = _Running(step, queued, now, {}, watchdog)
+        for channel, (generation, _) in self._ranks.items():
+            if generation == step.generation:  # those of a lost group may linger
+                channel.send(step)
+
+    def _stalled(self, step: int) -> None:
+        if self._running is not None and self._running.step.step == step:
+            late = sorted(set(range(len(self._status.ranks))) - set(self._running.results))
+            self._lose(
+                f"step {step} took longer than {self._step_timeout_seconds:g} s; no word from ranks {late}", late
+            )
+            self._pump()
+
+    def _collect(self, result: StepResult) -> None:
+        running = self._running
+        if running is None or (result.step, result.generation) != (running.step.step, running.step.generation):
+            return  # a late word of a step that was given up
+        if result.error:
+            self._lose(f"rank {result.rank} failed: {result.error}", [result.rank])
+            return
+        running.results[result.rank] = result
+        if len(running.results) == len(self._status.ranks):
+            self._finish(running)
+
+    def _finish(self, running: _Running) -> None:
+        now = time.monotonic()
+        self._running = None
+        running.watchdog.cancel()
+        tokens, count = running.step.tokens, len(running.queued)
+        seconds = now - running.started_seconds
+        rate = tokens / max(seconds, 1e-6)
+        self._tokens_per_second += (rate - self._tokens_per_second) * (RATE_SMOOTHING if self._tokens_per_second else 1)
+        non_finite = {index for result in running.results.values() for index in result.non_finite}
+        for index, item in enumerate(running.queued):
+            waited = running.started_seconds - item.arrived_seconds
+            result = ForwardResult(
+                item.request.front,
+                item.request.request,
+                queue_seconds=waited,
+                step_seconds=seconds,
+                batch_tokens=tokens,
+                batch_requests=count,
+            )
+            if index in non_finite:
+                message = "hidden_states, hidden_scales or router_logits hold NaN or Inf"
+                result = replace(result, code=ErrorCode.NON_FINITE, message=message)
+            self._answer(result)
+        results = tuple(running.results[rank] for rank in sorted(running.results))
+        report = StepReport(
+            running.step.layer, tokens, count, self._batcher.requests, self._batcher.tokens, results=results
+        )
+        for channel in list(self._fronts)[:1]:  # one front end exports a step, or it would be counted twice
+            channel.send(report)
+
+    # Loss of ranks
+
+    def _rank_gone(self, generation: int, rank: int) -> None:
+        if generation == self._status.generation and not self._status.lost:
+            self._lose(f"rank {rank} is gone", [rank])
+        if all(other != generation for other, _ in self._ranks.values()):
+            for request in self._held.pop(generation, []):
+                for channel, front in self._fronts.items():
+                    if front.number == request.front:
+                        channel.send(Released((request.request,)))
+
+    def _lose(self, reason: str, ranks: list[int]) -> None:
+        """Give the whole group up: its collectives cannot finish without the lost rank."""
+        log.error("lost rank group %d: %s", self._status.generation, reason)
+        infos = self._status.ranks
+        for rank in ranks:
+            infos = _replaced(infos, replace(infos[rank], state="lost", since=time.time()))
+        self._give_up(reason)
+        self._tell(replace(self._status, ready=False, lost=True, ranks=infos, reason=reason))
+
+    def _give_up(self, reason: str) -> None:
+        """Answer everything that runs or waits as lost; what the current group may still touch is held."""
+        generation = self._status.generation
+        if self._running is not None:
+            self._running.watchdog.cancel()
+            alive = any(other == generation for other, _ in self._ranks.values())
+            for request in self._running.step.requests:
+                self._refuse(request, ErrorCode.RANK_LOST, reason, LOST_RETRY_AFTER_SECONDS, held=alive)
+            if alive:
+                self._held.setdefault(generation, []).extend(self._running.step.requests)
+            self._running = None
+        for queued in self._batcher.drop_all():
+            self._refuse(queued.request, ErrorCode.RANK_LOST, reason, LOST_RETRY_AFTER_SECONDS)
+
+    def _tell(self, status: EngineStatus) -> None:
+        self._status = status
+        for channel in self._fronts:
+            channel.send(status)
+
+
+def _replaced(infos: tuple[RankInfo, ...], info: RankInfo) -> tuple[RankInfo, ...]:
+    return (*infos[: info.rank], info, *infos[info.rank + 1 :])
+
+
+async def run_engine(listener: socket.socket, limits: BatchLimits, step_timeout_seconds: float) -> None:
+    """Serve `listener` until the task is cancelled."""
+    with contextlib.closing(listener):
+        await Engine(limits, step_timeout_seconds).serve(listener)

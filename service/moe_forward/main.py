@@ -1,0 +1,133 @@
+"""The command line: `moe-forward serve | quantize | inspect | make-model | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from moe_forward import __version__, logs
+from moe_forward.config import load_config, parse_layers
+from moe_forward.errors import MoEForwardError
+from moe_forward.runtime_folder import runtime_folder
+
+# Each command imports what it needs when it runs: Ray and uvicorn take seconds, and only `serve` needs them.
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. A known error is one line on stderr and status 1."""
+    options = vars(_parser().parse_args(arguments))
+    run = options.pop("run")
+    try:
+        run(options)
+    except (MoEForwardError, ValueError) as error:
+        print(f"moe-forward: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _serve(options: dict[str, object]) -> None:
+    path = options.pop("config")
+    config = load_config(path if isinstance(path, Path) else None, options)
+    logs.configure(config.log_level, config.log_format)
+    # Until the event loop takes the signal over, the default action would leave the folder behind.
+    signal.signal(signal.SIGTERM, _stop)
+    with runtime_folder() as folder:
+        from moe_forward.serve import serve
+
+        serve(config, folder)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _quantize(options: dict[str, object]) -> None:
+    from moe_forward import checkpoint
+
+    checkpoint.quantize(**options)  # type: ignore[arg-type]
+
+
+def _inspect(options: dict[str, object]) -> None:
+    from moe_forward import checkpoint
+
+    folder, ranks, layers = options["folder"], options["ranks"], options["layers"]
+    assert isinstance(folder, Path)
+    assert isinstance(ranks, int)
+    available = checkpoint.read_spec(folder).layers
+    print(checkpoint.inspect(folder, ranks, parse_layers(layers if isinstance(layers, str) else None, available)))
+
+
+def _make_model(options: dict[str, object]) -> None:
+    from moe_forward import checkpoint
+
+    checkpoint.make_model(**options)  # type: ignore[arg-type]
+
+
+def _bench(options: dict[str, object]) -> None:
+    from moe_forward.bench import bench
+
+    bench(**options)  # type: ignore[arg-type]
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("moe-forward", description="The MoE part of a transformer layer as a service.")
+    parser.add_argument("--version", action="version", version=f"moe-forward {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    serve = commands.add_parser("serve", help="serve a checkpoint's MoE layers over HTTP")
+    serve.set_defaults(run=_serve)
+    serve.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON document; flags override it")
+    serve.add_argument("--model", metavar="DIR|synthetic:NAME", help="checkpoint folder (default: synthetic:tiny)")
+    serve.add_argument("--served-model-name", metavar="NAME", help="default: the folder's name")
+    serve.add_argument("--layers", metavar="3-60", help="default: every MoE layer")
+    serve.add_argument("--ranks", type=int, metavar="N", help="default: all GPUs, or 2 on CPU")
+    serve.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    serve.add_argument("--exchange", choices=("auto", "deepep", "nccl", "gloo", "local"))
+    serve.add_argument("--host", help="default: 127.0.0.1")
+    serve.add_argument("--port", type=int, help="default: 8000; 0 takes a free one")
+    serve.add_argument("--metrics-port", type=int, help="default: 9400; 0 takes a free one")
+
+    quantize = commands.add_parser("quantize", help="make a w4afp8 checkpoint from a bf16 one")
+    quantize.set_defaults(run=_quantize)
+    quantize.add_argument("source", type=Path, metavar="SRC")
+    quantize.add_argument("destination", type=Path, metavar="DST")
+    quantize.add_argument("--workers", type=int, metavar="N", help="default: all cores")
+
+    inspect = commands.add_parser("inspect", help="print what a checkpoint holds and what each rank would")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("folder", type=Path, metavar="DIR")
+    inspect.add_argument("--ranks", type=int, default=1, metavar="N")
+    inspect.add_argument("--layers", metavar="3-60", help="default: every MoE layer")
+
+    make_model = commands.add_parser("make-model", help="write a checkpoint with random but realistic weights")
+    make_model.set_defaults(run=_make_model)
+    make_model.add_argument("folder", type=Path, metavar="DIR")
+    make_model.add_argument("--preset", choices=("tiny", "deepseek-r1-layer"), default="tiny")
+    make_model.add_argument("--layers", type=int, metavar="N", help="number of MoE layers")
+    make_model.add_argument("--seed", type=int, default=0)
+
+    bench = commands.add_parser("bench", help="load a running service and report latency")
+    bench.set_defaults(run=_bench)
+    bench.add_argument("url", metavar="URL")
+    bench.add_argument("--layer", type=int, help="default: every served layer in turn")
+    bench.add_argument("--tokens", type=_sizes, default=(1, 16, 128), metavar="1,16,128", help="rows of a request")
+    bench.add_argument("--concurrency", type=int, default=8)
+    bench.add_argument("--seconds", type=float, default=10.0)
+    bench.add_argument("--warmup-seconds", type=float, default=2.0)
+    bench.add_argument("--dtype", choices=("bf16", "f16", "f32", "fp8"), default="bf16")
+    bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--json", dest="json_path", type=Path, metavar="FILE", help="write the report there too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

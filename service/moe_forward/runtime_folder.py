@@ -1,0 +1,42 @@
+"""A folder of the service's own, mode 0700: the engine's socket, the rank groups' meeting files, the Ray token."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_forward.errors import StartError
+
+_RAY = {
+    "RAY_AUTH_MODE": "token",
+    # Ray's name for a local cluster where it may not listen beyond loopback: without it every Ray process listens on
+    # all interfaces, and ray.init's node address of 127.0.0.1 is replaced by the host's.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@contextmanager
+def runtime_folder() -> Iterator[Path]:
+    """Make the folder, remove it in the end; Ray started in this process meanwhile needs a token and stays on loopback.
+
+    Raises: StartError when Ray was imported before, since it reads its environment while it is imported.
+    """
+    if "ray" in sys.modules:
+        raise StartError("Ray was imported before its token was made: it would run without one")
+    folder = Path(tempfile.mkdtemp(prefix="moe-forward-"))
+    try:
+        token = folder / "ray_token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over the path
+        os.environ |= {**_RAY, "RAY_AUTH_TOKEN_PATH": str(token)}
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,248 @@
+"""`moe-forward serve`: from a configuration to a running service, and down again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import uvicorn
+import uvloop
+from prometheus_client import CollectorRegistry, start_http_server
+
+from moe_forward import checkpoint, exchange, experts
+from moe_forward.api import create_app
+from moe_forward.batcher import BatchLimits
+from moe_forward.config import Config, parse_layers
+from moe_forward.errors import ConfigError, StartError
+from moe_forward.link import EngineLink
+from moe_forward.metrics import Metrics
+from moe_forward.pool import PoolSetup, Supervisor, start_ray, stop_ray
+from moe_forward.rank_process import RankSetup
+from moe_forward.slab import Slab
+from moe_forward.types import EngineStatus, ModelSpec
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CPU_RANKS = 2
+DRAIN_POLL_SECONDS = 0.02
+BACKLOG_CONNECTIONS = 2048
+
+
+def serve(config: Config, runtime_folder: Path) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    runtime_folder: private to this service, as `moe_forward.runtime_folder` makes it.
+    Raises: ConfigError, CheckpointError or StartError when the service cannot start.
+    """
+    admin_token = _read_token(config.admin_token_file)
+    folder = checkpoint.resolve_model(config.model)
+    spec = checkpoint.read_spec(folder, config.served_model_name)
+    spec = replace(spec, layers=parse_layers(config.layers, spec.layers))
+    setup = _pool_setup(config, spec, folder, runtime_folder)
+    # Ray takes seconds to start: what is wrong with the checkpoint's headers or the ports is said before.
+    log.debug("%s", checkpoint.inspect(folder, setup.rank.ranks, spec.layers))
+    registry = CollectorRegistry()
+    with _listening(config.host, config.port) as listener, _metrics(config, registry) as metrics_port:
+        start_ray(setup.rank.ranks)
+        try:
+            uvloop.run(_serve(config, spec, setup, listener, metrics_port, Metrics(registry), admin_token))
+        finally:
+            stop_ray()
+
+
+async def _serve(
+    config: Config,
+    spec: ModelSpec,
+    setup: PoolSetup,
+    listener: socket.socket,
+    metrics_port: int,
+    metrics: Metrics,
+    admin_token: str | None,
+) -> None:
+    link = EngineLink(setup.rank.socket_path, Slab(config.slab_bytes))
+    app = create_app(config, spec, link, metrics, admin_token)
+    supervisor = Supervisor(setup, link)
+    _also_tell(link, supervisor)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(config.drain_timeout_seconds),
+        )
+    )
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+    link.start()
+    http = asyncio.create_task(server.serve(sockets=[listener]))
+    run = asyncio.create_task(_start_and_watch(config, spec, supervisor, listener, metrics_port))
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait([http, run, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if run in done:
+            await run  # raises what kept the service from starting
+            done, _ = await asyncio.wait([http, stopped], return_when=asyncio.FIRST_COMPLETED)  # gave up: live says so
+        if http in done:
+            await http  # raises what ended the front end
+        app.state.drain()
+        await _until_answered(link, config.drain_timeout_seconds)
+    finally:
+        for task in (run, stopped):
+            task.cancel()
+        server.should_exit = True
+        await asyncio.gather(http, run, stopped, return_exceptions=True)
+        await supervisor.close()
+        await link.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the service drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _start_and_watch(
+    config: Config, spec: ModelSpec, supervisor: Supervisor, listener: socket.socket, metrics_port: int
+) -> None:
+    await supervisor.start()
+    _greet(config.host, spec, listener.getsockname()[1], metrics_port)
+    await supervisor.run()
+
+
+async def _until_answered(link: EngineLink, timeout_seconds: float) -> None:
+    """Wait for the requests in flight."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_seconds
+    while link.inflight and loop.time() < deadline:
+        await asyncio.sleep(DRAIN_POLL_SECONDS)
+    if link.inflight:
+        log.warning("stopping with %d requests in flight after %g s", link.inflight, timeout_seconds)
+
+
+def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: Path) -> PoolSetup:
+    """Resolve every `auto` and say what was chosen."""
+    device = _choose_device(config.device)
+    ranks = config.ranks or DEFAULT_CPU_RANKS
+    if ranks > spec.num_experts:
+        raise ConfigError(f"ranks: {ranks} ranks cannot share {spec.num_experts} experts")
+    exchange_name = exchange.choose(config.exchange, ranks, device)
+    experts_name = experts.choose(config.experts, device)
+    threads = config.rank_threads or max(1, (os.cpu_count() or 1) // ranks)
+    layers = ",".join(map(str, spec.layers))
+    log.info("model %s: layers %s, %d experts, top-%d", spec.name, layers, spec.num_experts, spec.top_k)
+    log.info(
+        "%d ranks on %s with %d threads each, exchange %s, experts %s",
+        *(ranks, device, threads, exchange_name, experts_name),
+    )
+    rank = RankSetup(
+        rank=0,
+        ranks=ranks,
+        generation=0,
+        folder=folder,
+        spec=spec,
+        socket_path=runtime_folder / "engine.sock",
+        rendezvous=runtime_folder,
+        exchange=exchange_name,
+        experts=experts_name,
+        activation_scale=config.activation_scale,
+        threads=threads,
+        step_timeout_seconds=config.step_timeout_seconds,
+    )
+    limits = BatchLimits(
+        config.max_step_tokens,
+        config.max_step_requests,
+        config.max_wait_us * 1e-6,
+        config.max_queue_requests,
+        config.max_queue_tokens,
+    )
+    return PoolSetup(rank, limits, runtime_folder, config.max_rank_restarts, config.start_timeout_seconds)
+
+
+def _choose_device(device: str) -> str:
+    """Resolve the device; this version computes on CPU only, and says so where a GPU is idle."""
+    if device == "cuda":
+        raise StartError("device cuda: the sm_90a kernels are not part of this version; use --device cpu")
+    if device == "auto" and torch.cuda.is_available():
+        log.warning("GPUs are visible, but this version has no GPU kernels: serving on CPU")
+    return "cpu"
+
+
+def _also_tell(link: EngineLink, supervisor: Supervisor) -> None:
+    """Let the supervisor hear every status after whoever listens already."""
+    earlier = link.on_status
+
+    def both(status: EngineStatus) -> None:
+        earlier(status)
+        supervisor.on_status(status)
+
+    link.on_status = both
+
+
+@contextlib.contextmanager
+def _metrics(config: Config, registry: CollectorRegistry) -> Iterator[int]:
+    """Serve `registry` on the metrics port while the block runs; yields the port."""
+    try:
+        server, thread = start_http_server(config.metrics_port, config.host, registry)
+    except OSError as error:
+        raise StartError(f"metrics_port {config.metrics_port} on {config.host}: {error.strerror}") from error
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _read_token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        token = path.read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"admin_token_file {path}: {error.strerror}") from error
+    if not token:
+        raise ConfigError(f"admin_token_file {path} is empty")
+    return token
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Bind the HTTP port first: a port in use is known before anything is started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise StartError(f"port {port} on {host}: {error.strerror}") from error
+        listener.listen(BACKLOG_CONNECTIONS)  # only a listening socket keeps others from binding the port
+        yield listener
+
+
+def _greet(host: str, spec: ModelSpec, port: int, metrics_port: int) -> None:
+    """Print where the service is and a command that shows it working."""
+    shown_host = f"[{host}]" if ":" in host else host
+    url = f"http://{shown_host}:{port}"
+    body = f'{{\\"hidden_states\\": [[$(seq -s, {spec.hidden_size})]]}}'
+    print(f"moe-forward serves {spec.name} at {url} (metrics at http://{shown_host}:{metrics_port}/metrics)")
+    print("Try it:")
+    print(
+        f"  curl -s '{url}/v1/moe/forward?layer={spec.layers[0]}' -H 'Content-Type: application/json' -d \"{body}\"",
+        flush=True,
+    )
