@@ -1,0 +1,32 @@
+"""What the front end needs of its link to the engine; `moe_forward.link.EngineLink` is the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from moe_forward.slab import Slab
+from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, StepReport
+
+
+class Link(Protocol):
+    """The engine as a front end sees it.
+
+    slab: memory that bodies and outputs lie in. front: this front end's number. status: always current.
+    on_report, on_status: called with each finished step and each change of status; the application sets them.
+    """
+
+    slab: Slab
+    front: int
+    status: EngineStatus
+    on_report: Callable[[StepReport], None]
+    on_status: Callable[[EngineStatus], None]
+
+    def next_request(self) -> int:
+        """Return a request number not used before."""
+
+    async def forward(self, request: ForwardRequest) -> ForwardResult:
+        """Wait for how the request ended; a refusal is a result with a code, and cancelling is allowed."""
+
+    def release_when_done(self, request: int, callback: Callable[[], None]) -> None:
+        """Call back once no rank can touch the request's bytes; at once when that is already so."""

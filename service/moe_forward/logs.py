@@ -1,0 +1,89 @@
+"""Logging of a process: standard library records, one line of text or one JSON object each, extra fields kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any, Literal, TextIO
+
+STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
+"""What every record carries; anything else was given as `extra` (uvicorn adds a coloured copy of its message)."""
+
+
+def extra_fields(record: logging.LogRecord) -> dict[str, Any]:
+    """Return what the caller passed as `extra`, without fields that are None or private (Ray adds one)."""
+    given = {name: value for name, value in record.__dict__.items() if name not in STANDARD_FIELDS}
+    return {name: value for name, value in given.items() if value is not None and not name.startswith("_")}
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    moment = datetime.fromtimestamp(record.created, tz=timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _text_value(value: Any) -> str:
+    """Bare where that is unambiguous, else as JSON: a value can never look like another field or another line."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    plain = text.isascii() and text.isprintable() and text and not any(mark in text for mark in ' "=')
+    return text if plain else json.dumps(text)
+
+
+class TextFormatter(logging.Formatter):
+    """`time LEVEL logger: message key=value ...`, then the traceback where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text."""
+        fields = "".join(f" {name}={_text_value(value)}" for name, value in extra_fields(record).items())
+        line = f"{_timestamp(record)} {record.levelname} {record.name}: {_one_line(record.getMessage())}{fields}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, the extra fields, and exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as JSON; a value JSON has no form for is written as its text."""
+        fields: dict[str, Any] = {
+            **extra_fields(record),
+            "time": _timestamp(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
+
+
+def configure(level: str, format: Literal["text", "json"], stream: TextIO | None = None) -> None:
+    """Send the whole process' log through one handler; calling it again replaces what an earlier call set.
+
+    level: debug, info, warning or error. stream: default standard error.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):  # they bring handlers of their own
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    # one line per request is ours, with the fields an operator needs; a second one from uvicorn is noise
+    logging.getLogger("uvicorn.access").disabled = True
+
+
+def log_request(log: logging.Logger, level: int, fields: Mapping[str, Any]) -> None:
+    """Write the one line of a finished request; `fields` must not hold anything a client sent as tensor data."""
+    if log.isEnabledFor(level):
+        log.log(level, "request", extra=dict(fields))

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from moe_forward.logs import configure, log_request
+
+log = logging.getLogger("moe_forward.test")
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    """Somewhere to log; the logging of the process is as before afterwards."""
+    root, access = logging.getLogger(), logging.getLogger("uvicorn.access")
+    before = list(root.handlers), root.level, access.disabled
+    yield io.StringIO()
+    root.handlers[:], access.disabled = before[0], before[2]
+    root.setLevel(before[1])
+
+
+def test_json_is_one_object_a_line_with_extra_fields(stream: io.StringIO) -> None:
+    configure("info", "json", stream)
+    log.info("two\nlines %d", 7, extra={"layer": 3, "note": None, "ratio": 0.5})
+    (line,) = stream.getvalue().splitlines()
+    fields = json.loads(line)
+    assert fields.pop("time").endswith("Z")
+    assert fields == {
+        "level": "info",
+        "logger": "moe_forward.test",
+        "message": "two\nlines 7",
+        "layer": 3,
+        "ratio": 0.5,
+    }
+
+
+def test_json_keeps_the_traceback_and_values_without_a_json_form(stream: io.StringIO) -> None:
+    configure("info", "json", stream)
+    try:
+        raise ValueError("why")
+    except ValueError:
+        log.exception("failed", extra={"where": {1}})
+    fields = json.loads(stream.getvalue())
+    assert "ValueError: why" in fields["exception"]
+    assert fields["where"] == "{1}"
+
+
+def test_an_extra_field_cannot_replace_the_records_own(stream: io.StringIO) -> None:
+    configure("info", "json", stream)
+    log.info("real", extra={"level": "forged", "time": "forged", "logger": "forged"})
+    fields = json.loads(stream.getvalue())
+    assert (fields["level"], fields["logger"], fields["message"]) == ("info", "moe_forward.test", "real")
+
+
+def test_text_is_one_line_with_key_value_pairs(stream: io.StringIO) -> None:
+    configure("info", "text", stream)
+    log.warning("slow", extra={"layer": 3, "seconds": 0.123456789, "name_of": "a b", "empty": ""})
+    line = stream.getvalue()
+    assert line.endswith('WARNING moe_forward.test: slow layer=3 seconds=0.123457 name_of="a b" empty=""\n')
+
+
+@pytest.mark.parametrize("evil", ["a\nINFO forged: line", "x=1 code=200", 'q"uote', "é\u2028"])
+def test_text_values_cannot_forge_a_line_or_a_field(stream: io.StringIO, evil: str) -> None:
+    configure("info", "text", stream)
+    log.info("request", extra={"request_id": evil})
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(f"request request_id={json.dumps(evil)}")
+
+
+def test_text_message_stays_on_one_line_and_traceback_follows(stream: io.StringIO) -> None:
+    configure("info", "text", stream)
+    try:
+        raise ValueError("why")
+    except ValueError:
+        log.exception("a\r\nb")
+    first, *rest = stream.getvalue().splitlines()
+    assert first.endswith("a\\r\\nb")
+    assert rest[-1] == "ValueError: why"
+
+
+def test_level_filters_and_a_second_call_replaces_the_first(stream: io.StringIO) -> None:
+    configure("debug", "text", stream)
+    configure("warning", "text", stream)
+    log.info("hidden")
+    log.warning("shown")
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_uvicorns_own_records_come_through_once_and_its_access_log_not(stream: io.StringIO) -> None:
+    configure("info", "json", stream)
+    logging.getLogger("uvicorn.error").info("started", extra={"color_message": "\x1b[1mstarted"})
+    logging.getLogger("uvicorn.access").info("GET /")
+    (line,) = stream.getvalue().splitlines()
+    assert "color_message" not in json.loads(line)
+
+
+def test_request_lines_carry_their_fields_and_obey_the_level(stream: io.StringIO) -> None:
+    configure("warning", "json", stream)
+    log_request(log, logging.INFO, {"status": 200})
+    log_request(log, logging.ERROR, {"status": 500})
+    assert json.loads(stream.getvalue())["status"] == 500

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from moe_forward.errors import ErrorCode
+from moe_forward.metrics import PHASE_SECONDS, REJECTIONS, Metrics, RequestRecord, package_version
+from moe_forward.types import PHASES, EngineStatus, RankInfo, StepReport, StepResult
+
+EXPECTED = {
+    "requests_total": ("counter", {"model", "route", "code"}),
+    "request_duration_seconds": ("histogram", {"model", "route"}),
+    "queue_duration_seconds": ("histogram", {"model"}),
+    "phase_duration_seconds": ("histogram", {"model", "rank", "phase"}),
+    "decode_duration_seconds": ("histogram", {"encoding"}),
+    "encode_duration_seconds": ("histogram", {"encoding"}),
+    "request_body_bytes": ("histogram", {"encoding"}),
+    "batch_tokens": ("histogram", {"model"}),
+    "batch_requests": ("histogram", {"model"}),
+    "tokens_total": ("counter", {"model"}),
+    "queue_requests": ("gauge", {"model"}),
+    "queue_tokens": ("gauge", {"model"}),
+    "inflight_requests": ("gauge", {"model"}),
+    "rejected_total": ("counter", {"reason"}),
+    "rank_up": ("gauge", {"rank"}),
+    "rank_restarts_total": ("counter", {"rank"}),
+    "rank_tokens_total": ("counter", {"rank"}),
+    "expert_load_imbalance_ratio": ("gauge", {"layer"}),
+    "placement_generation": ("gauge", set()),
+    "weights_load_duration_seconds": ("gauge", {"rank"}),
+    "startup_duration_seconds": ("gauge", {"rank"}),
+    "build_info": ("gauge", {"version", "torch", "ray", "backend", "kernel"}),
+    "requantized_tokens_total": ("counter", {"model"}),
+}
+START_SECONDS = 100.0
+
+
+class Series:
+    """Metrics in a registry of their own, and their values."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry, wall_clock=lambda: START_SECONDS)
+
+    def value(self, name: str, **labels: Any) -> float | None:
+        return self.registry.get_sample_value(f"moe_forward_{name}", {key: str(v) for key, v in labels.items()})
+
+
+@pytest.fixture
+def series() -> Series:
+    return Series()
+
+
+def rank_info(rank: int, state: Any = "ready", since: float = 103.0) -> RankInfo:
+    return RankInfo(rank, state, since, load_seconds=2.5)
+
+
+def report(*rows: int, layer: int = 1, requantized: int = 0) -> StepReport:
+    phases = tuple(0.001 * (index + 1) for index in range(len(PHASES)))
+    results = tuple(StepResult(1, 1, rank, phases, count, requantized) for rank, count in enumerate(rows))
+    return StepReport(layer, 48, 3, 5, 70, results)
+
+
+def feed(metrics: Metrics) -> None:
+    """Give every series a value."""
+    metrics.request_started("tiny")
+    record = RequestRecord("/v1/moe/forward", "id", "tiny", 200, None, "json", 1, 4, 1000, 0.1, 0.1, 0.1, 0.1, 0.5)
+    metrics.request_finished(record)
+    metrics.rejected(ErrorCode.QUEUE_FULL)
+    metrics.step_finished("tiny", report(1, 2))
+    metrics.status_changed(EngineStatus(True, ranks=(rank_info(0),), backend="gloo", kernel="reference"))
+
+
+def test_every_series_is_exposed_with_exactly_the_documented_type_and_labels(series: Series) -> None:
+    feed(series.metrics)
+    found = {}
+    for family in series.registry.collect():
+        name = family.name.removeprefix("moe_forward_") + ("_total" if family.type == "counter" else "")
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        found[name] = (family.type, labels)
+    assert found == EXPECTED
+
+
+def test_names_and_help_are_what_promtool_accepts(series: Series) -> None:
+    feed(series.metrics)
+    for family in series.registry.collect():
+        assert re.fullmatch(r"moe_forward_[a-z0-9]+(_[a-z0-9]+)*", family.name)
+        assert not re.search(r"_(ms|us|ns|millis|micros|mb|kb|info_total)$|^.*_(ms|us)_", family.name)
+        assert family.documentation.endswith(".")
+        if family.type != "counter":
+            assert not family.name.endswith(("_total", "_count", "_sum", "_bucket"))
+        for word in ("duration",):
+            assert word not in family.name or family.name.endswith("_seconds")
+    assert b"moe_forward_requests_total{" in generate_latest(series.registry)
+
+
+def test_buckets_are_the_documented_ones(series: Series) -> None:
+    feed(series.metrics)
+    buckets: dict[str, list[float]] = {}
+    for family in series.registry.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_bucket") and sample.labels["le"] != "+Inf":
+                values = buckets.setdefault(family.name.removeprefix("moe_forward_"), [])
+                if float(sample.labels["le"]) not in values:
+                    values.append(float(sample.labels["le"]))
+    requests = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    assert buckets["request_duration_seconds"] == buckets["queue_duration_seconds"] == requests
+    for name in ("phase_duration_seconds", "decode_duration_seconds", "encode_duration_seconds"):
+        assert buckets[name] == list(PHASE_SECONDS)
+    assert PHASE_SECONDS[0] == 0.00002
+    assert PHASE_SECONDS[-1] == 1
+    assert buckets["batch_tokens"] == buckets["batch_requests"] == [2.0**power for power in range(14)]
+    sizes = buckets["request_body_bytes"]
+    assert sizes[0] == 1e3
+    assert 1e9 <= sizes[-1] < 4e9
+    assert all(large == 4 * small for small, large in pairwise(sizes))
+
+
+def test_two_registries_share_nothing(series: Series) -> None:
+    other = Series()
+    series.metrics.rejected(ErrorCode.TOO_LARGE)
+    assert series.value("rejected_total", reason="too_large") == 1
+    assert other.value("rejected_total", reason="too_large") is None
+
+
+def test_rejections_have_only_the_documented_reasons(series: Series) -> None:
+    assert set(REJECTIONS.values()) == {"queue_full", "deadline", "draining", "unavailable", "too_large", "auth"}
+    for code in ErrorCode:
+        series.metrics.rejected(code)
+    total = sum(
+        sample.value
+        for family in series.registry.collect()
+        for sample in family.samples
+        if sample.name == "moe_forward_rejected_total"
+    )
+    assert total == len(REJECTIONS)
+    assert series.value("rejected_total", reason="auth") == 2
+
+
+def test_inflight_goes_up_and_down(series: Series) -> None:
+    series.metrics.request_started("tiny")
+    assert series.value("inflight_requests", model="tiny") == 1
+    series.metrics.request_finished(RequestRecord("/r", "id", "tiny", 499, ErrorCode.CANCELLED))
+    assert series.value("inflight_requests", model="tiny") == 0
+    assert series.value("requests_total", model="tiny", route="/r", code=499) == 1
+
+
+def test_a_refused_request_adds_no_tokens_and_no_unreached_durations(series: Series) -> None:
+    series.metrics.request_started("tiny")
+    record = RequestRecord("/r", "id", "tiny", 422, ErrorCode.NON_FINITE, "json", 1, 9, 100, decode_seconds=0.1)
+    series.metrics.request_finished(record)
+    assert series.value("tokens_total", model="tiny") in (None, 0)
+    assert series.value("decode_duration_seconds_count", encoding="json") == 1
+    assert series.value("encode_duration_seconds_count", encoding="json") is None
+    assert series.value("queue_duration_seconds_count", model="tiny") in (None, 0)
+
+
+def test_a_step_feeds_batch_queue_phase_and_rank_series(series: Series) -> None:
+    series.metrics.step_finished("tiny", report(30, 10, requantized=4))
+    assert series.value("batch_tokens_sum", model="tiny") == 48
+    assert series.value("batch_requests_sum", model="tiny") == 3
+    assert series.value("queue_requests", model="tiny") == 5
+    assert series.value("queue_tokens", model="tiny") == 70
+    assert series.value("rank_tokens_total", rank=0) == 30
+    assert series.value("requantized_tokens_total", model="tiny") == 8
+    assert series.value("expert_load_imbalance_ratio", layer=1) == pytest.approx(1.5)
+    for index, phase in enumerate(PHASES):
+        sum_seconds = series.value("phase_duration_seconds_sum", model="tiny", rank=1, phase=phase)
+        assert sum_seconds == pytest.approx(0.001 * (index + 1))
+
+
+def test_a_phase_that_did_not_happen_is_no_observation(series: Series) -> None:
+    phases = (0.0,) + (0.1,) * (len(PHASES) - 1)
+    series.metrics.step_finished("tiny", StepReport(1, 1, 1, 0, 0, (StepResult(1, 1, 0, phases, 0),)))
+    assert series.value("phase_duration_seconds_count", model="tiny", rank=0, phase=PHASES[0]) is None
+    assert series.value("phase_duration_seconds_count", model="tiny", rank=0, phase=PHASES[1]) == 1
+    assert series.value("expert_load_imbalance_ratio", layer=1) is None  # no rows, no ratio
+
+
+def test_status_feeds_ranks_and_generation(series: Series) -> None:
+    status = EngineStatus(False, generation=4, ranks=(rank_info(0), rank_info(1, "starting")))
+    series.metrics.status_changed(status)
+    assert series.value("placement_generation") == 4
+    assert (series.value("rank_up", rank=0), series.value("rank_up", rank=1)) == (1, 0)
+    assert series.value("weights_load_duration_seconds", rank=0) == 2.5
+    assert series.value("weights_load_duration_seconds", rank=1) is None
+    assert series.value("startup_duration_seconds", rank=0) == 3.0
+
+
+def test_startup_is_the_first_start_only_and_never_negative(series: Series) -> None:
+    series.metrics.status_changed(EngineStatus(True, ranks=(rank_info(0, since=90.0), rank_info(1, since=101.0))))
+    series.metrics.status_changed(EngineStatus(True, ranks=(rank_info(1, since=500.0),)))
+    assert series.value("startup_duration_seconds", rank=0) == 0
+    assert series.value("startup_duration_seconds", rank=1) == 1.0
+
+
+def test_restarts_follow_the_engine_and_survive_its_loss(series: Series) -> None:
+    for restarts in (0, 0, 1):
+        series.metrics.status_changed(EngineStatus(True, restarts=restarts, ranks=(rank_info(0), rank_info(1))))
+    series.metrics.status_changed(EngineStatus(lost=True))  # the engine is gone: it names no ranks
+    assert series.value("rank_up", rank=1) == 0
+    series.metrics.status_changed(EngineStatus(True, restarts=2, ranks=(rank_info(0), rank_info(1))))
+    assert series.value("rank_restarts_total", rank=0) == series.value("rank_restarts_total", rank=1) == 2
+    assert series.value("rank_up", rank=1) == 1
+
+
+def test_build_info_names_what_is_in_use_now(series: Series) -> None:
+    for kernel in ("reference", "cutlass"):
+        series.metrics.status_changed(EngineStatus(True, backend="gloo", kernel=kernel))
+    versions = {"version": package_version("moe-forward"), "torch": package_version("torch")}
+    versions["ray"] = package_version("ray")
+    assert series.value("build_info", **versions, backend="gloo", kernel="cutlass") == 1
+    assert series.value("build_info", **versions, backend="gloo", kernel="reference") is None
+
+
+def test_version_of_what_is_not_installed_is_unknown() -> None:
+    assert package_version("no-such-distribution-here") == "unknown"
+    assert re.match(r"\d+\.", package_version("prometheus-client"))
