@@ -1,0 +1,33 @@
+"""Python client of moe-forward: tensors in, tensors out, over HTTP.
+
+    with Client("http://127.0.0.1:8000") as client:
+        output = client.forward(hidden_states, layer=3)
+
+`Client` and `AsyncClient` have the same calls. Each takes and gives torch tensors or numpy arrays, whichever it was
+given. Everything raised about a call is a `MoEForwardClientError`; wrong arguments are TypeError or ValueError and
+send nothing.
+"""
+
+from __future__ import annotations
+
+from moe_forward.client.asynchronous import AsyncClient
+from moe_forward.client.blocking import Client
+from moe_forward.client.errors import (
+    DeadlineExceeded,
+    MoEForwardClientError,
+    RequestRefused,
+    ServerFailed,
+    TransportFailed,
+    Unavailable,
+)
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "DeadlineExceeded",
+    "MoEForwardClientError",
+    "RequestRefused",
+    "ServerFailed",
+    "TransportFailed",
+    "Unavailable",
+]
