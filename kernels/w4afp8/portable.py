@@ -8,9 +8,9 @@ added to the groups before it, by separate elementwise float32 operations in asc
 depends on that row and the weight, and on nothing else.
 
 Why float64 and not float32. Split by |a8| < 16, both halves of an int4 product are exact in float32 too, with the
-halves stacked along T. That halves the bytes of the expanded weight and doubles the rows: on two AVX2 cores and
-[4096, 7168] it took 7, 30 and 146 ms for 1, 16 and 128 tokens against 6, 28 and 200 ms. A draw, and float64 also
-serves fp8 weights and cannot be broken by a global TF32 or bfloat16 matmul setting. (Group sums as in SGLang PR 21101;
+halves stacked along T. That halves the bytes of the expanded weight and doubles the rows: on two AVX2 cores the
+products of [4096, 7168] took 7 and 30 ms for 1 and 16 tokens against 6 and 28 ms. A draw, and float64 also serves
+fp8 weights and cannot be broken by a global TF32 or bfloat16 matmul setting. (Group sums as in SGLang PR 21101;
 `w4afp8.reference` is the specification.)
 
 A weight is expanded in blocks of rows that stay in cache, never a whole layer. Nibbles are not interleaved again:
@@ -31,7 +31,7 @@ from w4afp8.tensors import ACTIVATION_GROUP, FP8_BLOCK, Fp8BlockWeight, Int4Weig
 
 __all__ = ["exp", "gemm", "grouped_gemm", "halving_sum", "linear", "sigmoid", "silu_mul"]
 
-# Weight elements expanded to float64 at a time: 4 MiB, the best of 0.5 to 16 MiB on two cores.
+# Weight elements expanded to float64 at a time: 4 MiB; below 2 MiB, and at 16, it was far slower on two cores.
 _WEIGHT_ELEMENTS = 1 << 19
 # Group sums held in float32 at a time: 16 MiB. Many rows at once keep the additions over groups few and long.
 _PARTIAL_ELEMENTS = 1 << 22

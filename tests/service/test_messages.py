@@ -1,0 +1,220 @@
+"""Messages: every kind comes out of its datagram as it went in, and the largest still fit."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_forward.channel import MAX_MESSAGE_BYTES
+from moe_forward.errors import ErrorCode
+from moe_forward.messages import (
+    Announce,
+    AttachSlab,
+    Cancel,
+    DetachSlab,
+    FrontHello,
+    FrontWelcome,
+    Message,
+    RankHello,
+    Released,
+    pack,
+    unpack,
+)
+from moe_forward.types import (
+    PHASES,
+    DType,
+    EngineStatus,
+    ForwardRequest,
+    ForwardResult,
+    RankInfo,
+    Routing,
+    Step,
+    StepReport,
+    StepResult,
+    TensorRef,
+)
+
+U32 = st.integers(0, 2**32 - 1)
+U64 = st.integers(0, 2**64 - 1)
+I32 = st.integers(0, 2**31 - 1)
+SECONDS = st.floats(0, 1e12, allow_nan=False)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+REFS = st.builds(TensorRef, offset=U64, dtype=st.sampled_from(DType), columns=U32)
+REQUESTS = st.builds(
+    ForwardRequest,
+    front=U32,
+    request=U64,
+    layer=I32,
+    tokens=U32,
+    deadline_seconds=SECONDS,
+    shared_experts=st.booleans(),
+    hidden=REFS,
+    hidden_scales=st.none() | REFS,
+    routing=st.sampled_from(Routing),
+    chosen=st.none() | REFS,
+    weights=st.none() | REFS,
+    output=REFS,
+)
+RESULTS = st.builds(
+    ForwardResult,
+    front=U32,
+    request=U64,
+    code=st.none() | st.sampled_from(ErrorCode),
+    message=TEXT,
+    retry_after_seconds=st.none() | SECONDS,
+    queue_seconds=SECONDS,
+    step_seconds=SECONDS,
+    batch_tokens=U32,
+    batch_requests=U32,
+    held=st.booleans(),
+)
+STEPS = st.builds(Step, step=U64, generation=U32, layer=I32, requests=st.lists(REQUESTS, max_size=5).map(tuple))
+STEP_RESULTS = st.builds(
+    StepResult,
+    step=U64,
+    generation=U32,
+    rank=U32,
+    phase_seconds=st.tuples(*[SECONDS] * len(PHASES)),
+    routed_rows=U64,
+    requantized_tokens=U64,
+    non_finite=st.lists(U32, max_size=5).map(tuple),
+    error=TEXT,
+)
+REPORTS = st.builds(
+    StepReport,
+    layer=I32,
+    tokens=U32,
+    requests=U32,
+    queue_requests=U32,
+    queue_tokens=U32,
+    results=st.lists(STEP_RESULTS, max_size=4).map(tuple),
+)
+INFOS = st.builds(
+    RankInfo,
+    rank=U32,
+    state=st.sampled_from(["starting", "ready", "lost"]),
+    since=SECONDS,
+    pid=U32,
+    node=TEXT,
+    device=TEXT,
+    experts=st.tuples(U32, U32),
+    memory_bytes=U64,
+    load_seconds=SECONDS,
+)
+STATUSES = st.builds(
+    EngineStatus,
+    ready=st.booleans(),
+    lost=st.booleans(),
+    generation=U32,
+    reason=TEXT,
+    ranks=st.lists(INFOS, max_size=4).map(tuple),
+    restarts=U32,
+    backend=TEXT,
+    kernel=TEXT,
+)
+MESSAGES = st.one_of(
+    REQUESTS,
+    RESULTS,
+    STEPS,
+    STEP_RESULTS,
+    REPORTS,
+    STATUSES,
+    st.builds(FrontHello, slab_bytes=U64),
+    st.builds(FrontWelcome, front=U32),
+    st.builds(Cancel, request=U64),
+    st.builds(Released, requests=st.lists(U64, max_size=5).map(tuple)),
+    st.builds(Announce, generation=U32, ranks=U32, restarts=U32, failed=TEXT),
+    st.builds(RankHello, generation=U32, info=INFOS, backend=TEXT, kernel=TEXT),
+    st.builds(AttachSlab, front=U32, slab_bytes=U64),
+    st.builds(DetachSlab, front=U32),
+)
+
+
+def again(message: Message) -> Message:
+    return unpack(memoryview(pack(message)))
+
+
+@settings(max_examples=500, deadline=None)
+@given(MESSAGES)
+def test_every_message_comes_back_as_it_went(message: Message) -> None:
+    back = again(message)
+    assert type(back) is type(message)
+    assert back == message
+
+
+def full_request(number: int) -> ForwardRequest:
+    ref = TensorRef(2**64 - 1, DType.F8_E4M3, 2**32 - 1)
+    return ForwardRequest(2**32 - 1, number, 2**31 - 1, 2**32 - 1, 1e9, True, ref, ref, Routing.LOGITS, ref, ref, ref)
+
+
+def test_enums_come_back_as_enums() -> None:
+    back = again(full_request(1))
+    assert isinstance(back, ForwardRequest)
+    assert isinstance(back.hidden.dtype, DType)
+    assert isinstance(back.routing, Routing)
+    assert back.shared_experts is True
+
+
+def test_step_of_256_requests_fits_a_datagram() -> None:
+    step = Step(2**64 - 1, 2**32 - 1, 2**31 - 1, tuple(full_request(2**64 - 1 - i) for i in range(256)))
+    assert len(pack(step)) < MAX_MESSAGE_BYTES
+    assert again(step) == step
+
+
+def test_report_of_64_ranks_with_every_request_flagged_fits_a_datagram() -> None:
+    results = tuple(
+        StepResult(2**64 - 1, 1, rank, (math.pi,) * len(PHASES), 2**64 - 1, 2**64 - 1, tuple(range(256)))
+        for rank in range(64)
+    )
+    report = StepReport(60, 8192, 256, 1024, 65536, results)
+    assert len(pack(report)) < MAX_MESSAGE_BYTES
+    assert again(report) == report
+
+
+def test_status_of_64_ranks_fits_a_datagram() -> None:
+    info = RankInfo(63, "starting", 1.8e9, 2**22, "n" * 253, "d" * 64, (0, 256), 2**40, 123.456789)
+    status = EngineStatus(False, True, 3, "r" * 2100, (info,) * 64, 3, "gloo", "reference")
+    assert len(pack(status)) < MAX_MESSAGE_BYTES
+    assert again(status) == status
+
+
+def test_step_without_requests_and_result_without_text_come_back() -> None:
+    assert again(Step(0, 0, 0, ())) == Step(0, 0, 0, ())
+    assert again(ForwardResult(0, 0)) == ForwardResult(0, 0)
+
+
+def test_refusal_keeps_code_text_and_retry() -> None:
+    result = ForwardResult(1, 2, ErrorCode.QUEUE_FULL, "voll: größer als 7 ✗", 0.0, held=True)
+    back = again(result)
+    assert back == result
+    assert isinstance(back, ForwardResult)
+    assert back.retry_after_seconds == 0.0
+
+
+@pytest.mark.parametrize("kind", [0, 15, 255])
+def test_unknown_kind_raises(kind: int) -> None:
+    with pytest.raises(ValueError, match=f"unknown message kind {kind}"):
+        unpack(memoryview(bytes((kind, 1, 2, 3))))
+
+
+def test_truncated_packed_message_raises() -> None:
+    data = pack(Step(1, 1, 1, (full_request(1),)))
+    with pytest.raises(struct.error):
+        unpack(memoryview(data)[:-1])
+
+
+def test_request_without_an_output_raises() -> None:
+    data = bytearray(pack(full_request(1)))
+    data[-13:] = struct.pack("<QBI", 0, 255, 0)
+    with pytest.raises(ValueError, match="neither its input nor its output"):
+        unpack(memoryview(data))
+
+
+def test_integers_that_do_not_fit_raise_instead_of_wrapping() -> None:
+    with pytest.raises(struct.error):
+        pack(StepReport(0, 2**32, 0, 0, 0))

@@ -1,0 +1,194 @@
+"""Rows of a step in the slabs: split over ranks, read from any offset, written back where they belong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moe_forward.slab import Slab
+from moe_forward.slab_rows import Segment, attach, read_segments, write_segments
+from moe_forward.types import DType, ForwardRequest, Routing, Step, TensorRef, token_range
+
+HIDDEN = 128
+TOP_K = 2
+TORCH = {
+    DType.BF16: torch.bfloat16,
+    DType.F16: torch.float16,
+    DType.F32: torch.float32,
+    DType.F8_E4M3: torch.float8_e4m3fn,
+    DType.I32: torch.int32,
+    DType.I64: torch.int64,
+}
+
+
+class Desk:
+    """A slab to lay tensors into, one after the other, at odd addresses."""
+
+    def __init__(self) -> None:
+        self.slab = Slab(1 << 20)
+        self.memory = attach(self.slab.fd, self.slab.nbytes)
+        self._end = 1
+
+    def put(self, tensor: torch.Tensor, dtype: DType) -> TensorRef:
+        ref = self.reserve(len(tensor), tensor.shape[1], dtype)
+        data = tensor.to(TORCH[dtype]).contiguous().view(torch.uint8).flatten()
+        self.memory[ref.offset : ref.offset + len(data)] = data
+        return ref
+
+    def reserve(self, rows: int, columns: int, dtype: DType) -> TensorRef:
+        ref = TensorRef(self._end, dtype, columns)
+        self._end += rows * columns * dtype.itemsize
+        self._end += 1 - self._end % 2  # stay odd
+        return ref
+
+    def get(self, ref: TensorRef, rows: int) -> torch.Tensor:
+        data = self.slab.view(ref.offset, rows * ref.columns * ref.dtype.itemsize)
+        return torch.frombuffer(bytearray(data), dtype=TORCH[ref.dtype]).view(rows, ref.columns)
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    made = Desk()
+    yield made
+    made.slab.close()
+
+
+def request_of(
+    desk: Desk, hidden: torch.Tensor, dtype: DType = DType.F32, front: int = 0, number: int = 0
+) -> ForwardRequest:
+    tokens = len(hidden)
+    ref = desk.put(hidden, dtype)
+    output = desk.reserve(tokens, HIDDEN, DType.BF16 if dtype == DType.F8_E4M3 else dtype)
+    return ForwardRequest(front, number, 3, tokens, 1.0, True, ref, None, Routing.SERVER, None, None, output)
+
+
+def numbered(first: int, tokens: int) -> torch.Tensor:
+    """Rows whose elements all say which row of the step they are; exact in bf16 up to 256."""
+    return torch.arange(first, first + tokens).float()[:, None].repeat(1, HIDDEN)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("sizes", [(1,), (5,), (3, 1, 9), (1, 1, 1, 1, 1), (13, 2)])
+def test_ranks_read_every_row_once_in_order(desk: Desk, ranks: int, sizes: tuple[int, ...]) -> None:
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    requests = tuple(request_of(desk, numbered(start, size)) for start, size in zip(starts, sizes, strict=True))
+    step = Step(0, 1, 3, requests)
+    for rank in range(ranks):
+        segments = read_segments(step, rank, ranks, {0: desk.memory})
+        rows = [int(value) for segment in segments for value in segment.hidden[:, 0]]
+        assert rows == list(token_range(rank, ranks, sum(sizes)))
+        for segment in segments:
+            assert segment.request is requests[segment.index]
+            assert segment.hidden.shape == (segment.tokens, HIDDEN)
+            assert int(segment.hidden[0, 0]) == starts[segment.index] + segment.first
+            assert segment.tokens > 0
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32, DType.F8_E4M3])
+def test_any_element_type_is_read_exactly_from_an_odd_address(desk: Desk, dtype: DType) -> None:
+    hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)).to(TORCH[dtype])
+    request = request_of(desk, hidden, dtype)
+    assert request.hidden.offset % 2 == 1
+    (segment,) = read_segments(Step(0, 1, 3, (request,)), 1, 2, {0: desk.memory})
+    assert segment.hidden.dtype == TORCH[dtype]
+    assert (segment.first, segment.tokens) == (2, 3)
+    assert torch.equal(segment.hidden.view(torch.uint8), hidden[2:].view(torch.uint8))
+
+
+@pytest.mark.parametrize("ids", [DType.I32, DType.I64])
+def test_scales_ids_and_weights_are_cut_to_the_same_rows(desk: Desk, ids: DType) -> None:
+    tokens = 7
+    chosen = torch.arange(tokens * TOP_K).view(tokens, TOP_K)
+    weights = torch.rand(tokens, TOP_K, generator=torch.Generator().manual_seed(2))
+    scales = torch.rand(tokens, 1, generator=torch.Generator().manual_seed(3))
+    request = ForwardRequest(
+        0,
+        1,
+        3,
+        tokens,
+        1.0,
+        True,
+        desk.put(numbered(0, tokens), DType.F8_E4M3),
+        desk.put(scales, DType.F32),
+        Routing.TOPK,
+        desk.put(chosen, ids),
+        desk.put(weights, DType.F32),
+        desk.reserve(tokens, HIDDEN, DType.BF16),
+    )
+    (segment,) = read_segments(Step(0, 1, 3, (request,)), 1, 3, {0: desk.memory})
+    mine = token_range(1, 3, tokens)
+    rows = slice(mine.start, mine.stop)
+    assert segment.hidden_scales is not None
+    assert segment.chosen is not None
+    assert segment.weights is not None
+    assert torch.equal(segment.hidden_scales, scales[rows])
+    assert segment.chosen.dtype == TORCH[ids]
+    assert torch.equal(segment.chosen.long(), chosen[rows])
+    assert torch.equal(segment.weights, weights[rows])
+
+
+def test_what_was_read_no_longer_changes_with_the_slab(desk: Desk) -> None:
+    request = request_of(desk, numbered(1, 2))
+    (segment,) = read_segments(Step(0, 1, 3, (request,)), 0, 1, {0: desk.memory})
+    desk.memory.zero_()
+    assert segment.hidden[0, 0] == 1.0
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_outputs_of_all_ranks_lie_where_their_requests_want_them_and_nowhere_else(
+    desk: Desk, dtype: DType, ranks: int
+) -> None:
+    sizes = (3, 1, 5)
+    requests = tuple(request_of(desk, numbered(0, size), dtype) for size in sizes)
+    step = Step(0, 1, 3, requests)
+    output = torch.randn(sum(sizes), HIDDEN, generator=torch.Generator().manual_seed(4))
+    expected = desk.memory.clone()
+    rows = [output[:3], output[3:4], output[4:]]
+    for request, part in zip(requests, rows, strict=True):
+        data = part.to(TORCH[dtype]).view(torch.uint8).flatten()
+        expected[request.output.offset : request.output.offset + len(data)] = data
+    for rank in reversed(range(ranks)):
+        mine = token_range(rank, ranks, sum(sizes))
+        segments = read_segments(step, rank, ranks, {0: desk.memory})
+        write_segments(output[mine.start : mine.stop], segments, {0: desk.memory})
+    assert torch.equal(desk.memory, expected)
+    assert torch.equal(desk.get(requests[2].output, 5), rows[2].to(TORCH[dtype]))
+
+
+def test_requests_of_two_front_ends_use_their_own_slabs() -> None:
+    desks = Desk(), Desk()
+    requests = tuple(request_of(desks[front], numbered(10 * front, 2), front=front) for front in (0, 1))
+    slabs = {front: desks[front].memory for front in (0, 1)}
+    segments = read_segments(Step(0, 1, 3, requests), 0, 1, slabs)
+    assert [float(segment.hidden[0, 0]) for segment in segments] == [0.0, 10.0]
+    write_segments(numbered(100, 4), segments, slabs)
+    written = [desks[front].get(requests[front].output, 2)[:, 0].tolist() for front in (0, 1)]
+    assert written == [[100.0, 101.0], [102.0, 103.0]]
+    for desk in desks:
+        desk.slab.close()
+
+
+def test_a_rank_without_rows_reads_and_writes_nothing(desk: Desk) -> None:
+    step = Step(0, 1, 3, (request_of(desk, numbered(0, 1)),))
+    segments: list[Segment] = read_segments(step, 0, 3, {0: desk.memory})
+    assert segments == []
+    before = desk.memory.clone()
+    write_segments(torch.empty(0, HIDDEN), segments, {0: desk.memory})
+    assert torch.equal(desk.memory, before)
+
+
+def test_an_attached_slab_outlives_its_descriptor(desk: Desk) -> None:
+    fd = os.dup(desk.slab.fd)
+    memory = attach(fd, desk.slab.nbytes)
+    os.close(fd)
+    memory[5] = 77
+    assert desk.slab.view(5, 1)[0] == 77
+
+
+def test_attaching_more_than_there_is_raises(desk: Desk) -> None:
+    with pytest.raises(ValueError, match="were announced"):
+        attach(desk.slab.fd, desk.slab.nbytes + 1)
