@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moe_forward.errors import ConfigError
 
@@ -73,7 +73,26 @@ class Config(BaseModel):
                 f"max_request_tokens ({self.max_request_tokens}) must not exceed max_queue_tokens "
                 f"({self.max_queue_tokens}): such a request could never be queued"
             )
+        if self.default_timeout_seconds > self.max_timeout_seconds:
+            raise ValueError(
+                f"default_timeout_seconds ({self.default_timeout_seconds:g}) must not exceed max_timeout_seconds "
+                f"({self.max_timeout_seconds:g})"
+            )
+        if self.max_json_bytes > self.max_body_bytes:
+            raise ValueError(
+                f"max_json_bytes ({self.max_json_bytes}) must not exceed max_body_bytes ({self.max_body_bytes})"
+            )
+        if self.max_body_bytes > self.slab_bytes:
+            raise ValueError(
+                f"max_body_bytes ({self.max_body_bytes}) must not exceed slab_bytes ({self.slab_bytes}): "
+                "such a body could never be received"
+            )
         return self
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_layer_is_a_number_in_yaml(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
@@ -89,7 +108,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
             loaded = yaml.safe_load(path.read_text())  # JSON is YAML
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"the configuration {path} is not YAML or JSON: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"the configuration {path} must be a mapping of keys, not {type(loaded).__name__}")

@@ -17,17 +17,8 @@ from dataclasses import dataclass, replace
 from moe_forward.batcher import Batcher, BatchLimits, Queued
 from moe_forward.channel import AsyncChannel, same_user
 from moe_forward.errors import ErrorCode
-from moe_forward.messages import (
-    Announce,
-    AttachSlab,
-    Cancel,
-    DetachSlab,
-    FrontHello,
-    FrontWelcome,
-    Message,
-    RankHello,
-    Released,
-)
+from moe_forward.messages import Announce, Cancel, FrontHello, Message, RankHello
+from moe_forward.peers import Fronts, Ranks
 from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, RankInfo, Step, StepReport, StepResult
 
 log = logging.getLogger(__name__)
@@ -35,13 +26,6 @@ log = logging.getLogger(__name__)
 RATE_SMOOTHING = 0.1
 MAX_RETRY_AFTER_SECONDS = 30.0
 LOST_RETRY_AFTER_SECONDS = 2.0
-
-
-@dataclass(slots=True)
-class _Front:
-    number: int
-    slab_fd: int
-    slab_bytes: int
 
 
 @dataclass(slots=True)
@@ -63,13 +47,12 @@ class Engine:
         self._batcher = Batcher(limits)
         self._step_timeout_seconds = step_timeout_seconds
         self._channels: set[AsyncChannel] = set()
-        self._fronts: dict[AsyncChannel, _Front] = {}
-        self._ranks: dict[AsyncChannel, tuple[int, int]] = {}  # channel -> (generation, rank)
+        self._ranks = Ranks()
+        self._fronts = Fronts(self._ranks)
         self._status = EngineStatus(reason="no rank group was announced yet")
         self._running: _Running | None = None
         self._held: dict[int, list[ForwardRequest]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._next_front = 0
         self._next_step = 0
         self._tokens_per_second = 0.0
 
@@ -94,20 +77,20 @@ class Engine:
                 timer.cancel()
         for channel in self._channels:
             channel.close()
-        for front in self._fronts.values():
-            os.close(front.slab_fd)
+        self._fronts.close()
 
     # Events
 
     def _on_message(self, channel: AsyncChannel, message: Message, fds: list[int]) -> None:
         if isinstance(message, FrontHello) and len(fds) == 1:
-            self._add_front(channel, message, fds.pop())
+            self._fronts.add(channel, message, fds.pop())
+            channel.send(self._status)
         elif isinstance(message, RankHello):
             self._add_rank(channel, message)
         elif isinstance(message, ForwardRequest) and channel in self._fronts:
-            self._submit(channel, replace(message, front=self._fronts[channel].number))
+            self._submit(replace(message, front=self._fronts.number(channel)))
         elif isinstance(message, Cancel) and channel in self._fronts:
-            self._cancel(self._fronts[channel].number, message.request)
+            self._cancel(self._fronts.number(channel), message.request)
         elif isinstance(message, Announce) and channel in self._fronts:
             self._expect(message)
         elif isinstance(message, StepResult) and channel in self._ranks:
@@ -122,25 +105,13 @@ class Engine:
 
     def _on_close(self, channel: AsyncChannel) -> None:
         self._channels.discard(channel)
-        front = self._fronts.pop(channel, None)
+        front = self._fronts.remove(channel)
         if front is not None:
-            self._batcher.drop_front(front.number)
-            for rank in self._ranks:
-                rank.send(DetachSlab(front.number))
-            os.close(front.slab_fd)
-        member = self._ranks.pop(channel, None)
+            self._batcher.drop_front(front)
+        member = self._ranks.remove(channel)
         if member is not None:
             self._rank_gone(*member)
         self._pump()
-
-    def _add_front(self, channel: AsyncChannel, hello: FrontHello, slab_fd: int) -> None:
-        front = _Front(self._next_front, slab_fd, hello.slab_bytes)
-        self._next_front += 1
-        self._fronts[channel] = front
-        for rank in self._ranks:
-            rank.send(AttachSlab(front.number, front.slab_bytes), front.slab_fd)
-        channel.send(FrontWelcome(front.number))
-        channel.send(self._status)
 
     def _add_rank(self, channel: AsyncChannel, hello: RankHello) -> None:
         rank = hello.info.rank
@@ -149,9 +120,8 @@ class Engine:
             channel.close()
             self._channels.discard(channel)
             return
-        self._ranks[channel] = (hello.generation, rank)
-        for front in self._fronts.values():
-            channel.send(AttachSlab(front.number, front.slab_bytes), front.slab_fd)
+        self._ranks.add(channel, hello.generation, rank)
+        self._fronts.show_slabs(channel)
         infos = _replaced(self._status.ranks, replace(hello.info, state="ready", since=time.time()))
         missing = sum(info.state != "ready" for info in infos)
         reason = f"waiting for {missing} of {len(infos)} ranks" if missing else ""
@@ -182,7 +152,7 @@ class Engine:
 
     # Requests
 
-    def _submit(self, channel: AsyncChannel, request: ForwardRequest) -> None:
+    def _submit(self, request: ForwardRequest) -> None:
         now = time.monotonic()
         if not self._status.ready:
             code = ErrorCode.RANK_LOST if self._status.lost else ErrorCode.NOT_READY
@@ -205,12 +175,7 @@ class Engine:
         held: bool = False,
     ) -> None:
         result = ForwardResult(request.front, request.request, code, message, retry_after_seconds, held=held)
-        self._answer(result)
-
-    def _answer(self, result: ForwardResult) -> None:
-        for channel, front in self._fronts.items():
-            if front.number == result.front:
-                channel.send(result)
+        self._fronts.answer(result)
 
     def _drain_seconds(self) -> float:
         if self._tokens_per_second <= 0:
@@ -247,9 +212,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         watchdog = loop.call_later(self._step_timeout_seconds, self._stalled, step.step)
         self._running = _Running(step, queued, now, {}, watchdog)
-        for channel, (generation, _) in self._ranks.items():
-            if generation == step.generation:  # those of a lost group may linger
-                channel.send(step)
+        self._ranks.send(step, generation=step.generation)
 
     def _stalled(self, step: int) -> None:
         if self._running is not None and self._running.step.step == step:
@@ -292,24 +255,19 @@ class Engine:
             if index in non_finite:
                 message = "hidden_states, hidden_scales or router_logits hold NaN or Inf"
                 result = replace(result, code=ErrorCode.NON_FINITE, message=message)
-            self._answer(result)
+            self._fronts.answer(result)
         results = tuple(running.results[rank] for rank in sorted(running.results))
-        report = StepReport(
-            running.step.layer, tokens, count, self._batcher.requests, self._batcher.tokens, results=results
-        )
-        for channel in list(self._fronts)[:1]:  # one front end exports a step, or it would be counted twice
-            channel.send(report)
+        waiting = (self._batcher.requests, self._batcher.tokens)
+        self._fronts.report(StepReport(running.step.layer, tokens, count, *waiting, results=results))
 
     # Loss of ranks
 
     def _rank_gone(self, generation: int, rank: int) -> None:
         if generation == self._status.generation and not self._status.lost:
             self._lose(f"rank {rank} is gone", [rank])
-        if all(other != generation for other, _ in self._ranks.values()):
+        if not self._ranks.alive(generation):
             for request in self._held.pop(generation, []):
-                for channel, front in self._fronts.items():
-                    if front.number == request.front:
-                        channel.send(Released((request.request,)))
+                self._fronts.release(request)
 
     def _lose(self, reason: str, ranks: list[int]) -> None:
         """Give the whole group up: its collectives cannot finish without the lost rank."""
@@ -325,7 +283,7 @@ class Engine:
         generation = self._status.generation
         if self._running is not None:
             self._running.watchdog.cancel()
-            alive = any(other == generation for other, _ in self._ranks.values())
+            alive = self._ranks.alive(generation)
             for request in self._running.step.requests:
                 self._refuse(request, ErrorCode.RANK_LOST, reason, LOST_RETRY_AFTER_SECONDS, held=alive)
             if alive:
@@ -336,8 +294,7 @@ class Engine:
 
     def _tell(self, status: EngineStatus) -> None:
         self._status = status
-        for channel in self._fronts:
-            channel.send(status)
+        self._fronts.tell(status)
 
 
 def _replaced(infos: tuple[RankInfo, ...], info: RankInfo) -> tuple[RankInfo, ...]:

@@ -178,7 +178,9 @@ class Supervisor:
         self._link.announce(Announce(self._generation, self._setup.rank.ranks, self._restarts, failed))
 
     def _engine_died(self) -> bool:
-        return self._runs[0].done()
+        # The closed socket tells within milliseconds, Ray up to seconds later.
+        hung_up = self._link.status.lost and self._link.status.generation == 0
+        return hung_up or self._runs[0].done()
 
     def _kill(self, engine: bool) -> None:
         """Kill every rank, and the engine if asked, and forget them."""

@@ -19,6 +19,8 @@ _RAY = {
     # all interfaces, and ray.init's node address of 127.0.0.1 is replaced by the host's.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A SIGTERM to the whole process group (systemd, timeout) ends Ray's own processes first: do not look for them long.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
 }
 
 

@@ -13,8 +13,8 @@ import pytest
 import uvloop
 
 from moe_forward.batcher import BatchLimits
-from moe_forward.engine import Engine
 from moe_forward.errors import ErrorCode
+from moe_forward.peers import Fronts
 from moe_forward.types import ForwardResult, Step, StepResult
 
 if TYPE_CHECKING:
@@ -134,13 +134,13 @@ def test_every_request_is_answered_once_whatever_happens(
     make_pool: Callable[[], Pool], run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers: Counter[tuple[int, int]] = Counter()
-    answer = Engine._answer
+    answer = Fronts.answer
 
-    def counted(engine: Engine, result: ForwardResult) -> None:
+    def counted(fronts: Fronts, result: ForwardResult) -> None:
         answers[result.front, result.request] += 1
-        answer(engine, result)
+        answer(fronts, result)
 
-    monkeypatch.setattr(Engine, "_answer", counted)
+    monkeypatch.setattr(Fronts, "answer", counted)
 
     async def main() -> None:
         pool = make_pool()

@@ -15,7 +15,7 @@ def softmax(
     """Choose the experts of the largest probabilities; weigh them by probability.
 
     spec: normalization and scaling; groups must be 1. top_k: experts a token gets.
-    logits: [T, E] float32; -Inf bars an expert while another is finite. bias: must be None.
+    logits: [T, E] float32, finite (a rank refuses a request with others). bias: must be None.
     Returns: ids [T, K] int64, weights [T, K] float32.
     Raises: ValueError for a bias or groups, which this gate does not have.
     Source: Shazeer et al., arXiv 1701.06538 section 2.1; Qwen3 report, arXiv 2505.09388 (renormalized top-k).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,35 +27,47 @@ class Local:
         self.layers: dict[int, LayerWeights] = checkpoint.load_shard(folder, self.spec, self.spec.layers, every)
 
     def outputs(self, forwards: list[Forward]) -> list[Tensor]:
-        """Return the output [T, H] of each forward in its reply's type; forwards of one layer are computed at once."""
-        results: dict[int, Tensor] = {}
-        for layer in self.spec.layers:
-            mine = [index for index, forward in enumerate(forwards) if forward.layer == layer]
-            if not mine:
-                continue
-            parts = [forwards[index] for index in mine]
-            tokens = _joined([quantized(part) for part in parts])
-            routes = [self.routes(part) for part in parts]
-            ids, weights = (torch.cat(column) for column in zip(*routes, strict=True))
-            wanted = torch.cat([torch.full((len(part.hidden),), part.shared) for part in parts])
-            output = self._layer(layer, tokens, ids, weights, wanted)
-            rows = torch.split(output, [len(part.hidden) for part in parts])
-            for index, part, mine_rows in zip(mine, parts, rows, strict=True):
-                results[index] = mine_rows.to(part.output_dtype)
-        return [results[index] for index in range(len(forwards))]
+        """Return the output [T, H] of each forward in its reply's type."""
+        outputs = self._each_layer(forwards, self._layer)
+        return [output.to(forward.output_dtype) for forward, output in zip(forwards, outputs, strict=True)]
 
     def output(self, forward: Forward) -> Tensor:
         """Return the output [T, H] of one forward in its reply's type."""
         return self.outputs([forward])[0]
 
-    def exact(self, forward: Forward) -> Tensor:
+    def exacts(self, forwards: list[Forward]) -> list[Tensor]:
         """Return the output [T, H] float64 of the specification; hidden states must be floats."""
-        weights = self.layers[forward.layer]
-        ids, route_weights = self.routes(forward)
-        shared = weights.shared if forward.shared else None
-        return reference.moe_layer(
-            forward.hidden, ids, route_weights, weights.experts, shared, "token", dtype=torch.float64
-        )
+        return self._each_layer(forwards, self._exact_layer)
+
+    def exact(self, forward: Forward) -> Tensor:
+        """Return the output [T, H] float64 of the specification for one forward."""
+        return self.exacts([forward])[0]
+
+    def _each_layer(self, forwards: list[Forward], compute: Callable[[int, list[Forward]], Tensor]) -> list[Tensor]:
+        """Compute the forwards of one layer at once: `compute` returns the rows of all of them."""
+        results: dict[int, Tensor] = {}
+        for layer in self.spec.layers:
+            mine = [index for index, forward in enumerate(forwards) if forward.layer == layer]
+            if mine:
+                rows = compute(layer, [forwards[index] for index in mine])
+                results |= dict(
+                    zip(mine, torch.split(rows, [len(forwards[index].hidden) for index in mine]), strict=True)
+                )
+        return [results[index] for index in range(len(forwards))]
+
+    def _exact_layer(self, layer: int, forwards: list[Forward]) -> Tensor:
+        held = self.layers[layer]
+        hidden = torch.cat([forward.hidden.float() for forward in forwards])
+        ids, weights, shared = self._routes(forwards)
+        exact = [
+            reference.moe_layer(
+                hidden[chosen], ids[chosen], weights[chosen], held.experts, expert, "token", torch.float64
+            )
+            for chosen, expert in ((shared, held.shared), (~shared, None))
+        ]
+        output = torch.empty(hidden.shape, dtype=torch.float64)
+        output[shared], output[~shared] = exact
+        return output
 
     def routes(self, forward: Forward) -> tuple[Tensor, Tensor]:
         """Return ids [T, K] int64 and weights [T, K] float32 of a forward, by the layer's gate where it has none."""
@@ -70,7 +83,14 @@ class Local:
             logits = portable.linear(hidden, layer.gate_weight)
         return gates.choose(self.spec.gate, self.spec.top_k, logits.float(), layer.gate_bias)
 
-    def _layer(self, layer: int, tokens: Quantized, ids: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
+    def _routes(self, forwards: list[Forward]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids and weights of all rows, and which rows [T] bool want the shared expert."""
+        ids, weights = (torch.cat(column) for column in zip(*map(self.routes, forwards), strict=True))
+        return ids, weights, torch.cat([torch.full((len(part.hidden),), part.shared) for part in forwards])
+
+    def _layer(self, layer: int, forwards: list[Forward]) -> Tensor:
+        tokens = _joined([quantized(forward) for forward in forwards])
+        ids, weights, shared = self._routes(forwards)
         contributions = torch.zeros(*ids.shape, self.spec.hidden_size)
         for number, expert in enumerate(self.layers[layer].experts):
             token, slot = torch.nonzero(ids == number, as_tuple=True)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,13 @@ class Service:
 
     def wait_ready_again(self) -> None:
         """Wait until a running service takes requests."""
+        self.wait_for(lambda: self.get("/v2/health/ready").status_code == 200)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` holds; fail with the log when it takes too long."""
         deadline = time.monotonic() + START_SECONDS
-        while self.get("/v2/health/ready").status_code != 200:
-            assert time.monotonic() < deadline, f"not ready after {START_SECONDS} s:\n{self.log}"
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {START_SECONDS} s in vain:\n{self.log}"
             time.sleep(POLL_SECONDS)
 
     def get(self, path: str) -> httpx.Response:

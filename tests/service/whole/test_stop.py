@@ -41,7 +41,7 @@ async def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(
         assert (runtime_folder / "ray_token").stat().st_mode & 0o777 == 0o600
 
         generator = torch.Generator().manual_seed(1)
-        forwards = [Forward(layer, torch.randn(4096, 256, generator=generator)) for layer in (1, 2, 3, 1)]
+        forwards = [Forward(layer, torch.randn(2048, 256, generator=generator)) for layer in (1, 2, 3)]
         async with httpx.AsyncClient(base_url=service.url, timeout=300.0) as client:
             tasks = []
             for sent in map(as_safetensors, forwards):

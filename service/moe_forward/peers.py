@@ -1,0 +1,111 @@
+"""The engine's two kinds of peers: front ends with their slabs, and the ranks of one or more generations."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from moe_forward.channel import AsyncChannel
+from moe_forward.messages import AttachSlab, DetachSlab, FrontHello, FrontWelcome, Message, Released
+from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, StepReport
+
+
+class Ranks:
+    """Ranks that said hello; those of a lost generation may linger until they are killed."""
+
+    def __init__(self) -> None:
+        self._members: dict[AsyncChannel, tuple[int, int]] = {}  # channel -> (generation, rank)
+
+    def __contains__(self, channel: AsyncChannel) -> bool:
+        return channel in self._members
+
+    def add(self, channel: AsyncChannel, generation: int, rank: int) -> None:
+        """Remember a rank."""
+        self._members[channel] = (generation, rank)
+
+    def remove(self, channel: AsyncChannel) -> tuple[int, int] | None:
+        """Forget a rank; returns its generation and number, None where the channel is not a rank's."""
+        return self._members.pop(channel, None)
+
+    def alive(self, generation: int) -> bool:
+        """Tell whether a rank of `generation` is still connected, and so may touch requests' bytes."""
+        return any(other == generation for other, _ in self._members.values())
+
+    def send(self, message: Message, fd: int | None = None, generation: int | None = None) -> None:
+        """Send to every rank, or to those of one generation."""
+        for channel, (other, _) in self._members.items():
+            if generation is None or other == generation:
+                channel.send(message, fd)
+
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    channel: AsyncChannel
+    slab_fd: int
+    slab_bytes: int
+
+
+class Fronts:
+    """Front ends by number, and their slabs' descriptors, which every rank gets too."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._fronts: dict[int, _Front] = {}
+        self._numbers: dict[AsyncChannel, int] = {}
+        self._next = 0
+
+    def __contains__(self, channel: AsyncChannel) -> bool:
+        return channel in self._numbers
+
+    def number(self, channel: AsyncChannel) -> int:
+        """Return the front end's number."""
+        return self._numbers[channel]
+
+    def add(self, channel: AsyncChannel, hello: FrontHello, slab_fd: int) -> None:
+        """Welcome a front end and show its slab, whose descriptor is ours from now on, to the ranks."""
+        number = self._next
+        self._next += 1
+        self._fronts[number] = _Front(channel, slab_fd, hello.slab_bytes)
+        self._numbers[channel] = number
+        self._ranks.send(AttachSlab(number, hello.slab_bytes), slab_fd)
+        channel.send(FrontWelcome(number))
+
+    def remove(self, channel: AsyncChannel) -> int | None:
+        """Forget a front end and have the ranks forget its slab; returns its number, None where it is none."""
+        number = self._numbers.pop(channel, None)
+        if number is not None:
+            self._ranks.send(DetachSlab(number))
+            os.close(self._fronts.pop(number).slab_fd)
+        return number
+
+    def show_slabs(self, rank: AsyncChannel) -> None:
+        """Show every slab to a rank that has just come."""
+        for number, front in self._fronts.items():
+            rank.send(AttachSlab(number, front.slab_bytes), front.slab_fd)
+
+    def answer(self, result: ForwardResult) -> None:
+        """Tell a request's front end how it ended; a front end that is gone needs no answer."""
+        front = self._fronts.get(result.front)
+        if front is not None:
+            front.channel.send(result)
+
+    def release(self, request: ForwardRequest) -> None:
+        """Tell a request's front end that nobody can touch its bytes any more."""
+        front = self._fronts.get(request.front)
+        if front is not None:
+            front.channel.send(Released((request.request,)))
+
+    def report(self, report: StepReport) -> None:
+        """Send a finished step to one front end: exported by two, it would be counted twice."""
+        for front in list(self._fronts.values())[:1]:
+            front.channel.send(report)
+
+    def tell(self, status: EngineStatus) -> None:
+        """Send the engine's status to every front end."""
+        for front in self._fronts.values():
+            front.channel.send(status)
+
+    def close(self) -> None:
+        """Close the slabs' descriptors."""
+        for front in self._fronts.values():
+            os.close(front.slab_fd)
