@@ -20,6 +20,7 @@ BIN := $(VENV)/bin
 MODE := $(if $(filter-out 0,$(SYSTEM_TORCH)),system-torch,pinned-torch)
 RUNTIME := $(VENV)/.installed-runtime-$(MODE)
 DEV := $(VENV)/.installed-dev-$(MODE)
+BUILD := $(VENV)/.installed-build-$(MODE)
 
 # A name on PATH is not enough: a version manager's shim can be there and fail, and a distribution can lack venv.
 PYTHON_CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10
@@ -27,7 +28,7 @@ PYTHON_WORKS := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version
 PYTHON ?= $(shell for python in $(PYTHON_CANDIDATES); do \
 	if $$python -c '$(PYTHON_WORKS)' >/dev/null 2>&1; then echo $$python; break; fi; done)
 
-.PHONY: help serve test check format bench schema clean
+.PHONY: help serve test check format bench kernel schema clean
 
 help: ## list what can be made
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -50,6 +51,9 @@ format: $(DEV) ## let ruff rewrite what it can
 
 bench: $(RUNTIME) ## put load on the service at URL
 	@exec $(BIN)/moe-forward bench $(URL) $(ARGS)
+
+kernel: $(BUILD) ## compile the GPU kernel library (needs nvcc, no GPU)
+	$(BIN)/python -m w4afp8.build
 
 schema: $(RUNTIME) ## write the configuration's schema into the chart
 	$(BIN)/python deploy/embed_schema.py
@@ -76,4 +80,8 @@ $(RUNTIME): pyproject.toml $(VENV)/constraints-$(MODE).txt
 
 $(DEV): pyproject.toml $(VENV)/constraints-$(MODE).txt
 	$(BIN)/pip install -q -c $(VENV)/constraints-$(MODE).txt -e '.[dev]'
+	@touch $@ $(RUNTIME)
+
+$(BUILD): pyproject.toml $(VENV)/constraints-$(MODE).txt
+	$(BIN)/pip install -q -c $(VENV)/constraints-$(MODE).txt -e '.[build]'
 	@touch $@ $(RUNTIME)

@@ -29,7 +29,8 @@ def quantize_tokens(x: torch.Tensor, granularity: Granularity) -> tuple[Quantize
     groups = torch.unflatten(x.to(torch.float32).contiguous(), 1, (scale_columns(x.shape[1], granularity), -1))
     amax = groups.abs().amax(dim=2)  # a maximum hands NaN on
     non_finite = ~amax.isfinite().all(dim=1)
-    scales = amax.clamp_min(torch.finfo(torch.float32).tiny) / FP8_MAX
+    # Divided by a tensor: on CUDA, torch multiplies by the inverse of a number, which rounds twice.
+    scales = amax.clamp_min(torch.finfo(torch.float32).tiny) / torch.tensor(FP8_MAX, device=x.device)
     values = (groups / scales.unsqueeze(2)).clamp_(-FP8_MAX, FP8_MAX).flatten(1).to(torch.float8_e4m3fn)
     return zero_rows(Quantized(values, scales), non_finite), non_finite
 

@@ -20,7 +20,7 @@ ADMIN_TOKEN = "a secret of these tests"
 SLAB_BYTES = 192 << 20
 CONFIG: dict[str, Any] = {
     "slab_bytes": SLAB_BYTES,
-    "max_body_bytes": 2 * SLAB_BYTES,
+    "max_body_bytes": SLAB_BYTES,
     "max_wait_us": 20_000,  # long enough for requests sent together to meet in one step
     "default_timeout_seconds": 120.0,
 }

@@ -43,7 +43,13 @@ class Service:
         self.mark = uuid.uuid4().hex
         document = {"model": str(model), "ranks": ranks, "port": 0, "metrics_port": 0, **(config or {})}
         (self.folder / "config.json").write_text(json.dumps(document))
-        environment = {**os.environ, "TMPDIR": str(self.folder), MARK: self.mark}
+        # Freed buffers of a step go back at once instead of to the allocator's lists: what stays is a leak.
+        environment = {
+            **os.environ,
+            "TMPDIR": str(self.folder),
+            "MALLOC_MMAP_THRESHOLD_": "131072",
+            MARK: self.mark,
+        }
         environment.pop("RAY_TMPDIR", None)
         with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
             self.process = subprocess.Popen(

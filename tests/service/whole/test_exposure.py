@@ -53,8 +53,9 @@ def test_ray_takes_only_who_has_the_token(service: Service, with_token: bool) ->
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "TMPDIR": str(service.folder),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_NUM_REDIS_GET_RETRIES": "2",  # of 20, a second apart
+        "TMPDIR": str(service.folder),
     }
     if with_token:
         token = service.runtime_folders[0] / "ray_token"
@@ -65,6 +66,7 @@ def test_ray_takes_only_who_has_the_token(service: Service, with_token: bool) ->
     )
     said = done.stdout + done.stderr
     assert ("connected: 1 node" in said) == with_token, said
+    assert ("InvalidAuthToken" in said) != with_token, said
 
 
 def samples(service: Service) -> dict[str, float]:

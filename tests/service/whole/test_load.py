@@ -33,7 +33,7 @@ pytestmark = pytest.mark.service
 
 REQUESTS = 200
 MAX_LAYER_ERROR = 6e-3
-GROWTH_BYTES = 16 << 20
+GROWTH_BYTES = 4 << 20
 GROWTH_FILES = 2
 JSON_TOKENS = 48
 FORMS: tuple[Callable[[Forward], Sent], ...] = (as_safetensors, as_json, as_oip_json, as_oip_binary)
@@ -61,17 +61,16 @@ def valid(number: int, choose: random.Random) -> Mixed:
         quantized, _ = w4afp8.quantize_tokens(hidden, "token" if number // 16 % 2 else "token_group")
         hidden, scales = quantized.values, quantized.scales
         scales = scales[:, 0] if scales.shape[1] == 1 and choose.random() < 0.5 else scales
-    fields = {"scales": scales, "shared": choose.random() < 0.7}
-    routing = number % 3
-    if routing == 1:
-        fields["ids"] = torch.rand(tokens, 32, generator=generator).argsort(1)[:, :4]
-        fields["weights"] = torch.rand(tokens, 4, generator=generator)
-        if choose.random() < 0.5:
-            fields["ids"] = fields["ids"].int()
-    elif routing == 2:
+    ids = weights = logits = None
+    if number % 3 == 1:
+        ids = torch.rand(tokens, 32, generator=generator).argsort(1)[:, :4]
+        ids = ids.int() if choose.random() < 0.5 else ids
+        weights = torch.rand(tokens, 4, generator=generator)
+    elif number % 3 == 2:
         logits = torch.randn(tokens, 32, generator=generator)
-        fields["logits"] = logits.to(torch.bfloat16) if choose.random() < 0.5 and not in_json else logits
-    forward = Forward(1 + number % 3, hidden.to(dtype), **fields)
+        logits = logits.to(torch.bfloat16) if choose.random() < 0.5 and not in_json else logits
+    layer, shared = choose.choice([1, 2, 3]), choose.random() < 0.7
+    forward = Forward(layer, hidden.to(dtype), scales, ids, weights, logits, shared)
     return Mixed(form(forward), 200, forward)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import subprocess
@@ -53,29 +52,12 @@ def zero_points(model: Path) -> None:
     rewrite(model, lambda tensors: tensors.update({MATRIX + "_zero_point": torch.zeros(256, 1)}))
 
 
-def missing_tensor(model: Path) -> None:
-    rewrite(model, lambda tensors: [tensors.pop(MATRIX)][:0])
-
-
-def unquantized(model: Path) -> None:
-    rewrite(model, lambda tensors: tensors.update({MATRIX: torch.zeros(256, 128).bfloat16()}))
-
-
-def config_group_size_64(model: Path) -> None:
-    document = json.loads((model / "config.json").read_text())
-    document["quantization_config"]["group_size"] = 64
-    (model / "config.json").write_text(json.dumps(document))
-
-
 DAMAGES: dict[Callable[[Path], None], tuple[str, ...]] = {
     missing_shard: (SHARD, "missing"),
     truncated_shard: (SHARD, "truncated"),
     wrong_size: (MATRIX, "[255, 64]", "[256, 64]"),
     group_size_64: (MATRIX, "group size 64"),
     zero_points: (MATRIX, "zero point"),
-    missing_tensor: (MATRIX,),
-    unquantized: (MATRIX, "moe-forward quantize"),
-    config_group_size_64: ("config.json", "group_size 64"),
 }
 
 

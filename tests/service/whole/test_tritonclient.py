@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import tritonclient.http as triton
+import tritonclient.http as triton  # type: ignore[import-untyped]
 
 from .forwards import NUMPY, Forward, as_numpy, as_safetensors, post, read_output
 from .running import Service

@@ -1,0 +1,63 @@
+// The C interface of the sm_90a library. Plain structs, device pointers, a stream; nothing allocates, nothing waits.
+// kernels/w4afp8/library.py mirrors these structs with ctypes and refuses a library whose sizes differ.
+#pragma once
+#include <stdint.h>
+
+#define W4AFP8_ABI_VERSION 1
+#define W4AFP8_API extern "C" __attribute__((visibility("default")))
+
+// Error codes below 1000 are cudaError_t; these are ours. w4afp8_error_string knows both.
+enum {
+  W4AFP8_OK = 0,
+  W4AFP8_BAD_SHAPE = 1001,      // a size is out of range or not a multiple of what it must be
+  W4AFP8_BAD_ALIGNMENT = 1002,  // a pointer is not aligned to 16 bytes
+  W4AFP8_BAD_ARCH = 1003,       // the device is not of compute capability 9.0
+  W4AFP8_NO_DRIVER = 1004,      // cuTensorMapEncodeTiled was not found or failed
+};
+
+enum { W4AFP8_BF16 = 0, W4AFP8_F16 = 1, W4AFP8_F32 = 2 };
+enum { W4AFP8_PLAIN = 0, W4AFP8_SWIGLU = 1 };
+
+// y[t, n] = row_weight[t] * x_scale[t] * sum over k of q[e, n, k] * scale[e, n, k / group] * x[t, k] for the rows t of
+// each expert e. The weights are packed (w4afp8.packed).
+struct W4AFP8GroupedGemm {
+  const void* x;                // [rows, k] e4m3, row-major, 16-byte aligned
+  const float* x_scales;        // [rows] (token) or [rows, k / 128] (token_group)
+  const void* weight;           // [experts, n_padded / 128, k_padded / 128] blocks, 16-byte aligned
+  const float* channel_scales;  // [experts, n_padded]
+  const float* row_weights;     // [rows], or null for ones
+  const int64_t* offsets;       // [experts + 1] on the device: rows of expert e are [offsets[e], offsets[e + 1])
+  const int32_t* counts;        // or, with offsets null, [experts]: rows of expert e are e * max_rows + [0, counts[e])
+  void* y;                      // [rows, n] bf16 or f32; SWIGLU: [rows, n / 2] f32
+  int64_t rows;                 // capacity of x and y
+  int64_t max_rows;             // of one expert, where `counts` is used
+  int64_t experts, n, k;
+  int64_t expected_rows;        // of a busy expert: chooses the tile, never the result
+  int32_t group;                // 128 or 32 inputs share a weight scale
+  int32_t full_range;           // codes may be -8 (7 operations to convert 8 codes instead of 3)
+  int32_t token_group;          // granularity of x_scales
+  int32_t epilogue;             // PLAIN, or SWIGLU: rows of the weight are 8 gate, 8 up, in turn
+  int32_t y_type;               // BF16 or F32
+  int32_t device;
+  void* stream;
+};
+
+// values[t, i] = e4m3(x[t, i] / scale[t]), scale[t] = amax / 448; see w4afp8.quantize_tokens.
+struct W4AFP8Quantize {
+  const void* x;                // [rows, k] of x_type, 16-byte aligned
+  const int64_t* num_rows;      // on the device: rows that count, or null for all
+  void* values;                 // [rows, k] e4m3
+  float* scales;                // [rows] or [rows, k / 128]
+  uint8_t* non_finite;          // [rows] 0 or 1, or null
+  int64_t rows, k;
+  int32_t x_type;
+  int32_t token_group;
+  int32_t device;
+  void* stream;
+};
+
+W4AFP8_API int32_t w4afp8_abi_version(void);
+W4AFP8_API int64_t w4afp8_struct_bytes(int32_t which);  // 0: W4AFP8GroupedGemm, 1: W4AFP8Quantize
+W4AFP8_API int w4afp8_grouped_gemm(const struct W4AFP8GroupedGemm* args);
+W4AFP8_API int w4afp8_quantize(const struct W4AFP8Quantize* args);
+W4AFP8_API const char* w4afp8_error_string(int code);
