@@ -78,15 +78,6 @@ class Config(BaseModel):
                 f"default_timeout_seconds ({self.default_timeout_seconds:g}) must not exceed max_timeout_seconds "
                 f"({self.max_timeout_seconds:g})"
             )
-        if self.max_json_bytes > self.max_body_bytes:
-            raise ValueError(
-                f"max_json_bytes ({self.max_json_bytes}) must not exceed max_body_bytes ({self.max_body_bytes})"
-            )
-        if self.max_body_bytes > self.slab_bytes:
-            raise ValueError(
-                f"max_body_bytes ({self.max_body_bytes}) must not exceed slab_bytes ({self.slab_bytes}): "
-                "such a body could never be received"
-            )
         return self
 
     @field_validator("layers", mode="before")

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="default: 8000; 0 takes a free one")
     serve.add_argument("--metrics-port", type=int, help="default: 9400; 0 takes a free one")
 
-    quantize = commands.add_parser("quantize", help="make a w4afp8 checkpoint from a bf16 one")
+    quantize = commands.add_parser("quantize", help="make a w4afp8 checkpoint from a bf16 or fp8 one")
     quantize.set_defaults(run=_quantize)
     quantize.add_argument("source", type=Path, metavar="SRC")
     quantize.add_argument("destination", type=Path, metavar="DST")

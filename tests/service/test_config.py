@@ -134,3 +134,17 @@ def test_empty_and_endless_ranges_are_refused(text: str) -> None:
 def test_layers_the_checkpoint_lacks_are_named() -> None:
     with pytest.raises(ConfigError, match=r"layers: \[6\] are not MoE layers of the checkpoint; it has \[3, 4, 5, 7\]"):
         parse_layers("5-7", (3, 4, 5, 7))
+
+
+def test_default_deadline_beyond_the_longest_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"default_timeout_seconds .* must not exceed max_timeout_seconds"):
+        load_config(None, {"default_timeout_seconds": 20.0, "max_timeout_seconds": 10.0})
+
+
+def test_one_layer_may_be_a_number_and_a_document_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("layers: 5\n")
+    assert load_config(path, {}).layers == "5"
+    path.write_bytes(b"layers: \xff\xfe\n")
+    with pytest.raises(ConfigError, match="not YAML or JSON"):
+        load_config(path, {})

@@ -8,6 +8,7 @@ namespace w4afp8 {
 // Decode pays while a tile's tokens hide under its weights; above, the tensor cores bound (BENCHMARKS.md).
 constexpr int kDecodeRows = 64;  // expected of a busy expert: about 32 on average
 constexpr int kMaxStages = 12;
+constexpr int64_t kMaxRows = 1ll << 24;  // see token_tiles; a tensor map's row coordinate has 32 bits
 
 static int encode(ActivationMaps* maps, const W4AFP8GroupedGemm& a) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -33,7 +34,7 @@ static bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(po
 
 static int check(const W4AFP8GroupedGemm& a) {
   const bool sizes = a.experts >= 1 && a.experts <= kMaxExperts && a.n >= 8 && a.n % 8 == 0 && a.k >= 128 &&
-                     a.k % 128 == 0 && a.rows >= 0 && a.rows < (1ll << 31) && a.n < (1ll << 24) && a.k < (1ll << 24);
+                     a.k % 128 == 0 && a.rows >= 0 && a.rows < kMaxRows && a.n < (1ll << 24) && a.k < (1ll << 24);
   if (!sizes || a.group != 128 || (a.offsets == nullptr) == (a.counts == nullptr)) return W4AFP8_BAD_SHAPE;
   if (a.counts && a.max_rows * a.experts > a.rows) return W4AFP8_BAD_SHAPE;
   if (a.epilogue == W4AFP8_SWIGLU && (a.y_type != W4AFP8_F32 || a.n % 16 != 0)) return W4AFP8_BAD_SHAPE;
@@ -107,6 +108,7 @@ static int run(const W4AFP8GroupedGemm& a) {
     p.token_cap = kPrefillCap;
     shared = stages_for<1>(p, device.shared_bytes / launch.ctas_per_sm - reserved);
   }
+  p.token_cap_inverse = (uint32_t)(((1ull << 32) + p.token_cap - 1) / p.token_cap);
   const int bytes = shared + 1024;
   cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(launch.kernel),
                                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
