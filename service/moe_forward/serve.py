@@ -175,11 +175,11 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
 
 
 def _choose_device(device: str) -> str:
-    """Resolve the device; this version computes on CPU only, and says so where a GPU is idle."""
+    """Resolve the device; ranks of this version compute on CPU, which is said where a GPU is idle."""
     if device == "cuda":
-        raise StartError("device cuda: the sm_90a kernels are not part of this version; use --device cpu")
+        raise StartError("device cuda: ranks do not compute on GPUs in this version; use --device cpu")
     if device == "auto" and torch.cuda.is_available():
-        log.warning("GPUs are visible, but this version has no GPU kernels: serving on CPU")
+        log.warning("GPUs are visible, but ranks do not compute on them in this version: serving on CPU")
     return "cpu"
 
 

@@ -45,8 +45,8 @@ def create(name: str, layers: Mapping[int, LayerExperts], granularity: Granulari
 def _factory(name: str) -> Callable[[Mapping[int, LayerExperts], Granularity], Experts]:
     if name == "cutlass":
         raise StartError(
-            "experts cutlass needs the sm_90a kernel library of w4afp8, which is not part of this version; "
-            f"it has {', '.join(sorted(EXPERTS))}"
+            "experts cutlass: ranks of this version do not use the sm_90a kernel library of w4afp8 yet; "
+            f"they have {', '.join(sorted(EXPERTS))}"
         )
     if name not in EXPERTS:
         raise StartError(f"experts {name} is not part of this version; it has {', '.join(sorted(EXPERTS))}")

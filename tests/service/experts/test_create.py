@@ -15,7 +15,7 @@ def test_auto_takes_reference_on_cpu() -> None:
 
 @pytest.mark.parametrize(("name", "device"), [("auto", "cuda"), ("cutlass", "cuda"), ("cutlass", "cpu")])
 def test_cutlass_is_refused_and_not_replaced(name: str, device: str) -> None:
-    with pytest.raises(StartError, match="sm_90a kernel library of w4afp8, which is not part of this version"):
+    with pytest.raises(StartError, match="do not use the sm_90a kernel library of w4afp8 yet; they have reference"):
         choose(name, device)
 
 
