@@ -81,7 +81,7 @@ def run_rank(setup: RankSetup) -> None:
         node=socket.gethostname(),
         device="cpu",
         experts=(mine.start, mine.stop),
-        memory_bytes=_held_bytes(layers),
+        memory_bytes=sum(weights.nbytes for weights in layers.values()),
         load_seconds=time.monotonic() - started,
     )
     hello = RankHello(setup.generation, info, group.name, setup.experts)
@@ -127,12 +127,6 @@ def _load(setup: RankSetup, mine: range) -> dict[int, checkpoint.LayerWeights]:
             bar.update(done_bytes - bar.n)
 
         return checkpoint.load_shard(setup.folder, setup.spec, setup.spec.layers, mine, show)
-
-
-def _held_bytes(layers: dict[int, checkpoint.LayerWeights]) -> int:
-    """Bytes of this rank's routed experts: codes and scales, mapped from the checkpoint."""
-    routed = (part for weights in layers.values() for expert in weights.experts for part in expert)
-    return sum(tensor.nbytes for part in routed for tensor in part)
 
 
 def _serve(channel: BlockingChannel, message: Message, fds: list[int], rank: Rank, setup: RankSetup) -> None:

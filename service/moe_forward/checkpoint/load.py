@@ -36,6 +36,13 @@ class LayerWeights:
     gate_weight: torch.Tensor
     gate_bias: torch.Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        experts = (*self.experts, *([self.shared] if self.shared is not None else []))
+        matrices = sum(tensor.nbytes for expert in experts for matrix in expert for tensor in matrix)
+        return matrices + self.gate_weight.nbytes + (self.gate_bias.nbytes if self.gate_bias is not None else 0)
+
 
 class MappedFiles:
     """Shards mapped into memory; a tensor keeps its mapping alive by itself."""

@@ -58,6 +58,16 @@ def test_a_rank_without_experts_holds_router_and_shared_expert(served: Path) -> 
     assert held.shared is not None
 
 
+def test_bytes_held_are_those_of_the_files_tensors_with_the_router_in_float32(served: Path, read_all: Read) -> None:
+    held = load_shard(served, read_spec(served), [1], range(3, 6))[1]
+    prefix = "model.layers.1.mlp."
+    names = ("shared_experts.", "gate.", *(f"experts.{expert}." for expert in range(3, 6)))
+    tensors = {name: tensor for name, tensor in read_all(served).items() if name.startswith(prefix)}
+    kept = {name: tensor for name, tensor in tensors.items() if name.removeprefix(prefix).startswith(names)}
+    widened = kept[f"{prefix}gate.weight"].nbytes  # bf16 in the file
+    assert held.nbytes == sum(tensor.nbytes for tensor in kept.values()) + widened
+
+
 def test_damage_in_another_ranks_experts_is_not_read(served: Path, changed: Change) -> None:
     changed(served, lambda tensors: tensors[f"{EXPERT}.up_proj.weight_scale_inv"].fill_(torch.nan))
     load(served, range(4, 8))
