@@ -1,4 +1,6 @@
-"""The nouns of w4afp8: what quantized activations and weights look like in memory. See `formats` for how they are made.
+"""The nouns of w4afp8: what quantized activations and weights look like in memory.
+
+`weights` and `activations` say how they are made.
 
 Dimensions everywhere: T tokens, H hidden, I intermediate, E experts, N outputs, K reduction.
 """

@@ -48,8 +48,10 @@ def serve(config: Config, runtime_folder: Path) -> None:
     spec = checkpoint.read_spec(folder, config.served_model_name)
     spec = replace(spec, layers=parse_layers(config.layers, spec.layers))
     setup = _pool_setup(config, spec, folder, runtime_folder)
-    # Ray takes seconds to start: what is wrong with the checkpoint's headers or the ports is said before.
-    log.debug("%s", checkpoint.inspect(folder, setup.rank.ranks, spec.layers))
+    # Ray takes seconds to start: what is wrong with the checkpoint or the ports is said before. Describing every rank's
+    # part reads and checks the headers of all of it.
+    description = checkpoint.inspect(folder, setup.rank.ranks, spec.layers)
+    log.debug("%s", description)
     registry = CollectorRegistry()
     with _listening(config.host, config.port) as listener, _metrics(config, registry) as metrics_port:
         start_ray(setup.rank.ranks)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from w4afp8 import Quantized, check_quantized, dequantize_tokens, quantize_tokens, requantize, zero_rows
-from w4afp8.formats import Granularity, quantize_intermediate
+from w4afp8.activations import quantize_intermediate
+from w4afp8.tensors import Granularity
 
 Rows = Callable[[int, int], torch.Tensor]
 

@@ -17,8 +17,9 @@ from w4afp8 import (
     quantize_int4,
     quantize_tokens,
 )
-from w4afp8.formats import Granularity, Quantized, quantize_intermediate
+from w4afp8.activations import quantize_intermediate
 from w4afp8.reference import gemm, grouped_gemm, moe_layer, silu_mul
+from w4afp8.tensors import Granularity, Quantized
 
 Rows = Callable[[int, int], torch.Tensor]
 GRANULARITIES: list[Granularity] = ["token", "token_group"]

@@ -18,8 +18,6 @@ from moe_forward.checkpoint import LayerWeights
 from moe_forward.exchange.local import LocalExchange
 from moe_forward.messages import pack, unpack
 from moe_forward.rank import Rank
-from moe_forward.slab import Slab
-from moe_forward.slab_rows import attach
 from moe_forward.types import (
     PHASES,
     ActivationScale,
@@ -30,7 +28,6 @@ from moe_forward.types import (
     Routing,
     Step,
     StepResult,
-    TensorRef,
 )
 from w4afp8 import (
     ExpertWeights,
@@ -43,17 +40,12 @@ from w4afp8 import (
     reference,
 )
 
+from .desk import TORCH
+from .desk import Desk as LaidOut
+
 H, I, E, K = 256, 128, 7, 3  # noqa: E741
 LAYER = 3
 SPEC = ModelSpec("test", H, I, E, K, I, (LAYER, 5), 128, GateSpec("deepseek_v3", 1, 1, True, 2.5))
-TORCH = {
-    DType.BF16: torch.bfloat16,
-    DType.F16: torch.float16,
-    DType.F32: torch.float32,
-    DType.F8_E4M3: torch.float8_e4m3fn,
-    DType.I32: torch.int32,
-    DType.I64: torch.int64,
-}
 LAYER_TOLERANCE = 6e-3
 GRANULARITIES: tuple[ActivationScale, ...] = ("token", "token_group")
 
@@ -93,25 +85,8 @@ class Sent:
     weights: torch.Tensor
 
 
-class Desk:
-    """A slab to lay requests into, at odd addresses, and the one rank that holds everything."""
-
-    def __init__(self) -> None:
-        self.slab = Slab(8 << 20)
-        self.memory = attach(self.slab.fd, self.slab.nbytes)
-        self._end = 1
-
-    def put(self, tensor: torch.Tensor, dtype: DType) -> TensorRef:
-        ref = self.reserve(len(tensor), tensor.shape[1], dtype)
-        data = tensor.to(TORCH[dtype]).contiguous().view(torch.uint8).flatten()
-        self.memory[ref.offset : ref.offset + len(data)] = data
-        return ref
-
-    def reserve(self, rows: int, columns: int, dtype: DType) -> TensorRef:
-        ref = TensorRef(self._end, dtype, columns)
-        self._end += rows * columns * dtype.itemsize
-        self._end += 1 - self._end % 2
-        return ref
+class Desk(LaidOut):
+    """A slab to lay requests into, and the one rank that holds everything."""
 
     def send(
         self,

@@ -8,7 +8,7 @@ import torch
 
 from moe_forward.experts.base import LayerExperts, PhaseClock
 from w4afp8 import Granularity, Quantized, portable
-from w4afp8.formats import quantize_intermediate, scale_columns
+from w4afp8.activations import quantize_intermediate, scale_columns
 
 
 class ReferenceExperts:

@@ -13,7 +13,7 @@ from moe_forward import checkpoint, gates
 from moe_forward.checkpoint import LayerWeights
 from moe_forward.types import ModelSpec
 from w4afp8 import ExpertWeights, Quantized, SharedExpert, portable, reference
-from w4afp8.formats import quantize_intermediate
+from w4afp8.activations import quantize_intermediate
 
 from .forwards import Forward
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
 from moe_forward.errors import ErrorCode, ForwardError
 from moe_forward.types import GateSpec, ModelSpec
-from moe_forward.wire import ReplyNotes, WireLimits, WireRequest
+from moe_forward.wire import ReplyNotes, WireLimits, WireRequest, oip
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +65,18 @@ def refused() -> Callable[..., str]:
         return message
 
     return check
+
+
+@pytest.fixture
+def decode_oip(make_request, limits):
+    """Decode a message with `data` behind it, with the header that the protocol asks for then."""
+
+    def run(message, data=None, headers=None, **kwargs):
+        text = message if isinstance(message, bytes) else json.dumps({"parameters": {"layer": 3}} | message).encode()
+        if data is not None:
+            headers = {oip.HEADER_LENGTH: str(len(text))} | (headers or {})
+        body = bytearray(text + (data or b""))
+        kwargs = {"query": (), "model": "tiny"} | kwargs
+        return oip.decode(make_request(body, headers=headers, **kwargs), limits)
+
+    return run

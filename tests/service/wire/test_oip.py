@@ -11,36 +11,7 @@ from moe_forward.errors import ErrorCode
 from moe_forward.types import DType, Routing
 from moe_forward.wire import oip as encoding
 
-H = 256
-DATA = bytes(range(256)) * 2
-
-
-def hidden(nbytes=2 * H, shape=(1, H), datatype="BF16", **more):
-    parameters = {"binary_data_size": nbytes, **more}
-    return {"name": "hidden_states", "shape": list(shape), "datatype": datatype, "parameters": parameters}
-
-
-def as_json(name, shape, datatype, data, **parameters):
-    tensor = {"name": name, "shape": shape, "datatype": datatype, "data": data}
-    return tensor | ({"parameters": parameters} if parameters else {})
-
-
-ONES = as_json("hidden_states", [1, H], "FP32", [1.0] * H)
-
-
-@pytest.fixture
-def decode(make_request, limits):
-    """Decode a message with `data` behind it, with the header that the protocol asks for then."""
-
-    def run(message, data=None, headers=None, **kwargs):
-        text = message if isinstance(message, bytes) else json.dumps({"parameters": {"layer": 3}} | message).encode()
-        if data is not None:
-            headers = {encoding.HEADER_LENGTH: str(len(text))} | (headers or {})
-        body = bytearray(text + (data or b""))
-        kwargs = {"query": (), "model": "tiny"} | kwargs
-        return encoding.decode(make_request(body, headers=headers, **kwargs), limits)
-
-    return run
+from .oip_messages import DATA, ONES, H, as_json, hidden
 
 
 @pytest.mark.parametrize("padding", range(5))
@@ -57,12 +28,12 @@ def test_binary_tensors_are_views_of_the_body_in_input_order(padding, make_reque
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_json_tensors_are_flat_or_nested(nested, decode):
+def test_json_tensors_are_flat_or_nested(nested, decode_oip):
     values = np.arange(2 * H, dtype=np.float32).reshape(2, H)
     ids, weights = [[0, 1], [2, 3]], [[0.5, 1], [2, 3]]
     if not nested:
         ids, weights = [0, 1, 2, 3], [0.5, 1, 2, 3]
-    call = decode(
+    call = decode_oip(
         {
             "inputs": [
                 as_json("hidden_states", [2, H], "FP32", (values if nested else values.ravel()).tolist()),
@@ -76,34 +47,34 @@ def test_json_tensors_are_flat_or_nested(nested, decode):
     assert bytes(call.chosen.data) == struct.pack("<4i", 0, 1, 2, 3)
 
 
-def test_json_and_binary_tensors_mix(decode):
-    call = decode({"inputs": [as_json("router_logits", [1, 8], "FP32", [0] * 8), hidden()]}, DATA)
+def test_json_and_binary_tensors_mix(decode_oip):
+    call = decode_oip({"inputs": [as_json("router_logits", [1, 8], "FP32", [0] * 8), hidden()]}, DATA)
     assert call.chosen.offset is None
     assert bytes(call.hidden.data) == DATA
 
 
 @pytest.mark.parametrize("datatype", ["BF16", "FP16", "FP32"])
-def test_the_output_has_the_type_of_the_input(datatype, decode, notes):
+def test_the_output_has_the_type_of_the_input(datatype, decode_oip, notes):
     size = 4 if datatype == "FP32" else 2
-    call = decode({"inputs": [hidden(size * H, datatype=datatype)]}, bytes(size * H))
+    call = decode_oip({"inputs": [hidden(size * H, datatype=datatype)]}, bytes(size * H))
     reply = encoding.encode(call, memoryview(bytes(size * H)), notes)
     assert json.loads(reply.head + bytes(reply.body))["outputs"][0]["datatype"] == datatype
 
 
-def test_fp8_travels_as_uint8_and_is_answered_in_bf16(decode):
+def test_fp8_travels_as_uint8_and_is_answered_in_bf16(decode_oip):
     scales = as_json("hidden_scales", [1, 2], "FP32", [1, 2])
-    call = decode({"inputs": [hidden(H, datatype="UINT8", moe_dtype="FP8_E4M3"), scales]}, bytes(H))
+    call = decode_oip({"inputs": [hidden(H, datatype="UINT8", moe_dtype="FP8_E4M3"), scales]}, bytes(H))
     assert (call.hidden.dtype, call.output_dtype, call.hidden_scales.shape) == (DType.F8_E4M3, DType.BF16, (1, 2))
     inputs = [as_json("hidden_states", [1, H], "UINT8", list(range(256)), moe_dtype="FP8_E4M3"), scales]
-    assert bytes(decode({"inputs": inputs}).hidden.data) == bytes(range(256))
+    assert bytes(decode_oip({"inputs": inputs}).hidden.data) == bytes(range(256))
 
 
-def test_parameters_may_stand_in_the_request_the_query_or_a_header(decode):
+def test_parameters_may_stand_in_the_request_the_query_or_a_header(decode_oip):
     parameters = {"layer": 5, "shared_experts": False, "timeout_ms": 40}
-    call = decode({"inputs": [ONES], "parameters": parameters})
+    call = decode_oip({"inputs": [ONES], "parameters": parameters})
     assert (call.layer, call.shared_experts, call.timeout_seconds) == (5, False, 0.04)
-    assert decode({"inputs": [ONES], "parameters": None}, query=[("layer", "6")]).layer == 6
-    assert decode({"inputs": [ONES], "parameters": {}}, headers={"x-moe-layer": "7"}).layer == 7
+    assert decode_oip({"inputs": [ONES], "parameters": None}, query=[("layer", "6")]).layer == 6
+    assert decode_oip({"inputs": [ONES], "parameters": {}}, headers={"x-moe-layer": "7"}).layer == 7
 
 
 @pytest.mark.parametrize(
@@ -124,8 +95,8 @@ def test_parameters_may_stand_in_the_request_the_query_or_a_header(decode):
         ),
     ],
 )
-def test_the_output_is_binary_when_it_is_asked_for(message, binary, decode, notes):
-    call = decode({"inputs": [ONES]} | message)
+def test_the_output_is_binary_when_it_is_asked_for(message, binary, decode_oip, notes):
+    call = decode_oip({"inputs": [ONES]} | message)
     values = np.arange(H, dtype="<f4") / 7
     output = memoryview(values.tobytes())
     reply = encoding.encode(call, output, notes)
@@ -148,9 +119,9 @@ def test_the_output_is_binary_when_it_is_asked_for(message, binary, decode, note
         assert "parameters" not in tensor
 
 
-def test_a_reply_names_the_model_and_the_work_and_repeats_an_id_only_when_there_was_one(decode, notes):
+def test_a_reply_names_the_model_and_the_work_and_repeats_an_id_only_when_there_was_one(decode_oip, notes):
     def reply(message):
-        made = encoding.encode(decode({"inputs": [ONES]} | message), memoryview(bytes(4 * H)), notes)
+        made = encoding.encode(decode_oip({"inputs": [ONES]} | message), memoryview(bytes(4 * H)), notes)
         return json.loads(made.head + bytes(made.body))
 
     parameters = {"batch_tokens": 24, "queue_us": 125, "forward_us": 3100}
@@ -160,25 +131,25 @@ def test_a_reply_names_the_model_and_the_work_and_repeats_an_id_only_when_there_
     assert reply({"id": ""})["id"] == ""
 
 
-def test_numbers_of_a_bf16_output_are_its_exact_decimals(decode, notes):
-    call = decode({"inputs": [hidden()]}, DATA)
+def test_numbers_of_a_bf16_output_are_its_exact_decimals(decode_oip, notes):
+    call = decode_oip({"inputs": [hidden()]}, DATA)
     bits = np.full(H, 0x3DCD, dtype="<u2")  # bf16(0.1)
     reply = encoding.encode(call, memoryview(bits.tobytes()), notes)
     assert json.loads(reply.head + bytes(reply.body))["outputs"][0]["data"] == [0.10009765625] * H
 
 
 @pytest.mark.parametrize(("model", "version"), [("tiny", None), ("tiny", "1"), (None, None)])
-def test_the_served_model_is_found(model, version, decode):
-    assert decode({"inputs": [ONES], "model_name": "tiny"}, model=model, version=version).layer == 3
+def test_the_served_model_is_found(model, version, decode_oip):
+    assert decode_oip({"inputs": [ONES], "model_name": "tiny"}, model=model, version=version).layer == 3
 
 
 @pytest.mark.parametrize(
     ("model", "version", "words"),
     [("big", None, ["'tiny'", "'big'"]), ("tiny", "2", ["version", "'1'", "'2'"]), ("tiny", "", ["version"])],
 )
-def test_another_model_or_version_is_not_found(model, version, words, limits, decode, refused):
+def test_another_model_or_version_is_not_found(model, version, words, limits, decode_oip, refused):
     def ask():
-        decode({"inputs": [ONES]}, model=model, version=version)
+        decode_oip({"inputs": [ONES]}, model=model, version=version)
 
     refused(ErrorCode.MODEL_NOT_FOUND, words, ask)
     refused(ErrorCode.MODEL_NOT_FOUND, words, encoding.check_model, model, version, limits.spec)
@@ -205,7 +176,7 @@ def test_metadata_names_extensions_and_tensors(limits):
     }
 
 
-def test_encoding_a_call_of_another_encoding_is_a_mistake_of_the_caller(decode, notes):
-    call = dataclasses.replace(decode({"inputs": [ONES]}), reply=None)
+def test_encoding_a_call_of_another_encoding_is_a_mistake_of_the_caller(decode_oip, notes):
+    call = dataclasses.replace(decode_oip({"inputs": [ONES]}), reply=None)
     with pytest.raises(TypeError, match=r"oip\.decode"):
         encoding.encode(call, memoryview(bytes(4 * H)), notes)

@@ -9,37 +9,7 @@ import pytest
 from moe_forward.errors import ErrorCode
 from moe_forward.wire import oip as encoding
 
-H = 256
-DATA = bytes(range(256)) * 2
-
-
-def hidden(nbytes=2 * H, shape=(1, H), datatype="BF16", **more):
-    parameters = {"binary_data_size": nbytes, **more}
-    return {"name": "hidden_states", "shape": list(shape), "datatype": datatype, "parameters": parameters}
-
-
-def as_json(name, shape, datatype, data, **parameters):
-    tensor = {"name": name, "shape": shape, "datatype": datatype, "data": data}
-    return tensor | ({"parameters": parameters} if parameters else {})
-
-
-ONES = as_json("hidden_states", [1, H], "FP32", [1.0] * H)
-
-
-@pytest.fixture
-def decode(make_request, limits):
-    """Decode a message with `data` behind it, with the header that the protocol asks for then."""
-
-    def run(message, data=None, headers=None, **kwargs):
-        text = message if isinstance(message, bytes) else json.dumps({"parameters": {"layer": 3}} | message).encode()
-        if data is not None:
-            headers = {encoding.HEADER_LENGTH: str(len(text))} | (headers or {})
-        body = bytearray(text + (data or b""))
-        kwargs = {"query": (), "model": "tiny"} | kwargs
-        return encoding.decode(make_request(body, headers=headers, **kwargs), limits)
-
-    return run
-
+from .oip_messages import DATA, ONES, H, as_json, hidden
 
 REGION = {"shared_memory_region": "r", "shared_memory_byte_size": 512}
 BAD, EXTRA, PARAMETER = ErrorCode.MALFORMED_BODY, ErrorCode.UNEXPECTED_TENSOR, ErrorCode.INVALID_PARAMETER
@@ -177,15 +147,15 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_bad_requests_are_refused_by_name(case, decode, refused):
+def test_bad_requests_are_refused_by_name(case, decode_oip, refused):
     message, data, code, words = REFUSALS[case]
-    refused(code, words, decode, message, data)
+    refused(code, words, decode_oip, message, data)
 
 
 @pytest.mark.parametrize("length", ["", "-1", "1e2", "100000", "9" * 5000, "\u0663", "0x10", "12, 12"])
-def test_a_header_length_that_is_no_length_inside_the_body_is_malformed(length, decode, refused):
+def test_a_header_length_that_is_no_length_inside_the_body_is_malformed(length, decode_oip, refused):
     headers = {encoding.HEADER_LENGTH: length}
-    refused(BAD, [encoding.HEADER_LENGTH, "expected bytes in [0, "], decode, {"inputs": [hidden()]}, DATA, headers)
+    refused(BAD, [encoding.HEADER_LENGTH, "expected bytes in [0, "], decode_oip, {"inputs": [hidden()]}, DATA, headers)
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -196,6 +166,6 @@ def test_a_header_length_beside_the_end_of_the_json_is_malformed(shift, make_req
     refused(BAD, ["inference request"], encoding.decode, request, limits)
 
 
-def test_more_json_than_the_cap_before_binary_tensors_is_too_large(decode, refused):
+def test_more_json_than_the_cap_before_binary_tensors_is_too_large(decode_oip, refused):
     text = json.dumps({"inputs": [hidden()]}).encode() + b" " * (1 << 20)
-    refused(ErrorCode.TOO_LARGE, [encoding.HEADER_LENGTH, "at most 1048576"], decode, text, DATA)
+    refused(ErrorCode.TOO_LARGE, [encoding.HEADER_LENGTH, "at most 1048576"], decode_oip, text, DATA)
