@@ -1,4 +1,4 @@
-"""The grouped GEMM of the sm_90a library: int4 weights, fp8 activations, each expert's rows by that expert's weight."""
+"""The grouped GEMM of the sm_90a library: int4 (or fp8) weights, fp8 activations, each expert's rows by its weight."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Literal
 import torch
 
 from w4afp8.activations import check_scales
-from w4afp8.library import BF16, F32, PLAIN, SWIGLU, GroupedGemmArguments, load
-from w4afp8.packed import BLOCK_BYTES, GROUP, TILE_ROWS, PackedWeight
+from w4afp8.library import BF16, F32, FP8, INT4, PLAIN, SWIGLU, GroupedGemmArguments, load
+from w4afp8.packed import GROUPS, PackedWeight, blocks_shape
+from w4afp8.packed_fp8 import blocks_shape as fp8_blocks_shape
 from w4afp8.pointers import address, aligned_address, check_tensor, cuda_device
 from w4afp8.tensors import Quantized
 
 Epilogue = Literal["plain", "swiglu"]
 
 _EPILOGUES = {"plain": PLAIN, "swiglu": SWIGLU}
+_CODES = {"int4": INT4, "fp8": FP8}
 _TYPES = {torch.bfloat16: BF16, torch.float32: F32}
 _MAX_EXPERTS = 512
 
@@ -31,6 +33,7 @@ def grouped_gemm(
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     expected_rows: int | None = None,
+    early_start: bool = False,
 ) -> torch.Tensor:
     """Multiply each expert's rows by that expert's packed weight on the current stream; does not wait.
 
@@ -46,6 +49,8 @@ def grouped_gemm(
     out: [rows, N] (`swiglu`: [rows, N/2]) to write into, or None.
     out_dtype: bfloat16 (default) or float32; `swiglu` gives float32 only.
     expected_rows: of a busy expert; chooses the tile, never the result. Default: twice the average.
+    early_start: offsets or counts were written before the stream's previous kernel began, which writes at most x: the
+        kernel then fetches weights while that one ends.
     Returns: [rows, N] or [rows, N/2].
     Raises: ValueError naming the argument; LibraryNotBuilt, LibraryMismatch, KernelError.
     Source: w4afp8.reference.grouped_gemm and silu_mul are the specification.
@@ -75,7 +80,7 @@ def grouped_gemm(
         x=aligned_address("x values", x.values, device),
         x_scales=address("x scales", x.scales, device),
         weight=aligned_address("weight blocks", weight.blocks, device),
-        channel_scales=address("weight channel_scales", weight.channel_scales, device),
+        channel_scales=aligned_address("weight channel_scales", weight.channel_scales, device),
         row_weights=address("row_weights", row_weights, device),
         offsets=address("offsets", offsets, device),
         counts=address("counts", counts, device),
@@ -86,11 +91,13 @@ def grouped_gemm(
         n=weight.n,
         k=weight.k,
         expected_rows=expected_rows or max(1, -(-2 * rows // weight.experts)),
+        weight_type=_CODES[weight.codes],
         group=weight.group,
         full_range=int(weight.full_range),
         token_group=int(x.scales.shape[1] > 1),
         epilogue=_EPILOGUES[epilogue],
         y_type=_TYPES[dtype],
+        early_start=int(early_start),
         device=device.index,
         stream=torch.cuda.current_stream(device).cuda_stream,
     )
@@ -103,15 +110,18 @@ def grouped_gemm(
 def _check_weight(weight: PackedWeight) -> None:
     if not 1 <= weight.experts <= _MAX_EXPERTS:
         raise ValueError(f"weight: expected 1 to {_MAX_EXPERTS} experts, got {weight.experts}")
-    if weight.group != GROUP or weight.k % GROUP or weight.k < GROUP or weight.n % 8 or weight.n < 8:
+    if weight.group not in GROUPS or weight.k % 128 or weight.k < 128 or weight.n % 8 or weight.n < 8:
         raise ValueError(
-            f"weight: expected groups of {GROUP} inputs, K in multiples of {GROUP} and N in multiples of 8, "
-            f"got groups of {weight.group}, K = {weight.k}, N = {weight.n}"
+            f"weight: expected groups of {' or '.join(map(str, GROUPS))} inputs, K in multiples of 128 and N in "
+            f"multiples of 8, got groups of {weight.group}, K = {weight.k}, N = {weight.n}"
         )
-    tiles, groups = -(-weight.n // TILE_ROWS), -(-weight.k // (2 * GROUP)) * 2
-    check_tensor("weight blocks", weight.blocks, torch.uint8, (weight.experts, tiles, groups, BLOCK_BYTES))
-    shape = (weight.experts, tiles * TILE_ROWS)
-    check_tensor("weight channel_scales", weight.channel_scales, torch.float32, shape)
+    shape = (
+        fp8_blocks_shape(weight.experts, weight.n, weight.k)
+        if weight.codes == "fp8"
+        else blocks_shape(weight.experts, weight.n, weight.k, weight.group)
+    )
+    check_tensor("weight blocks", weight.blocks, torch.uint8, shape)
+    check_tensor("weight channel_scales", weight.channel_scales, torch.float32, (weight.experts, shape[1] * 128))
 
 
 def _check_rows(

@@ -7,9 +7,11 @@ import functools
 import os
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 BF16, F16, F32 = 0, 1, 2
 PLAIN, SWIGLU = 0, 1
+INT4, FP8 = 0, 1
+AS_IS, HALVES, INTERLEAVED = 0, 1, 2
 
 _DEFAULT = Path(__file__).parent / "lib" / "libw4afp8.so"
 _COMMAND = "python -m w4afp8.build"
@@ -52,11 +54,13 @@ class GroupedGemmArguments(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("expected_rows", ctypes.c_int64),
+        ("weight_type", ctypes.c_int32),
         ("group", ctypes.c_int32),
         ("full_range", ctypes.c_int32),
         ("token_group", ctypes.c_int32),
         ("epilogue", ctypes.c_int32),
         ("y_type", ctypes.c_int32),
+        ("early_start", ctypes.c_int32),
         ("device", ctypes.c_int32),
         ("stream", ctypes.c_void_p),
     )
@@ -77,6 +81,8 @@ class QuantizeArguments(ctypes.Structure):
         ("token_group", ctypes.c_int32),
         ("device", ctypes.c_int32),
         ("stream", ctypes.c_void_p),
+        ("activation", ctypes.c_int32),
+        ("nan_scales", ctypes.c_int32),
     )
 
 

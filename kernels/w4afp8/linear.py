@@ -14,6 +14,8 @@ Measured against elementwise products added in a fixed order, on two cores with 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from w4afp8.elementwise import power_of_two
@@ -22,31 +24,66 @@ _DOUBLE_BITS = 53
 # Elements of the two operands held in float64 at a time: 2 x 8 bytes x 2^20 = 16 MiB of tokens, 4 MiB of weights.
 _TOKEN_ELEMENTS = 1 << 20
 _WEIGHT_ELEMENTS = 1 << 18
+# On a GPU a block of tokens costs some twenty launches: 256 MiB at a time.
+_CUDA_TOKEN_ELEMENTS = 1 << 24
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+class SlicedWeight(NamedTuple):
+    """A weight cut once, for products with many batches; four times the bytes of the float32 weight.
+
+    slices: [2E, H] float64, integers: the high slices of all rows above the low ones.
+    units: [E, 1] float64, each row's power of two.
+    """
+
+    slices: torch.Tensor
+    units: torch.Tensor
+
+
+def slice_weight(weight: torch.Tensor) -> SlicedWeight:
+    """Cut a weight for `linear`, which gives the same bits with it as with the weight itself.
+
+    weight: [E, H] float32, finite.
+    Raises: ValueError for another dtype or shape.
+    """
+    if weight.dtype != torch.float32 or weight.ndim != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight: expected float32 [E, H], got {weight.dtype} {list(weight.shape)}")
+    return SlicedWeight(*_slices(weight, _slice_bits(weight.shape[1])))
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor | SlicedWeight) -> torch.Tensor:
     """Multiply x by the transpose of weight; the bits of a row depend on that row and the weight alone.
 
     x: [T, H] float32; NaN or Inf in a row makes that row of the result NaN and no other.
-    weight: [E, H] float32, finite.
+    weight: [E, H] float32, finite, or what `slice_weight` made of it.
     Returns: [T, E] float32.
     Raises: ValueError for another dtype or shapes that do not fit.
     """
-    if x.dtype != torch.float32 or weight.dtype != torch.float32:
-        raise ValueError(f"x, weight: expected float32, got {x.dtype} and {weight.dtype}")
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.shape[1] == 0:
-        raise ValueError(f"x, weight: expected [T, H] and [E, H], got {list(x.shape)} and {list(weight.shape)}")
+    dtype, shape = _dtype_and_shape(weight)
+    if x.dtype != torch.float32 or dtype != torch.float32:
+        raise ValueError(f"x, weight: expected float32, got {x.dtype} and {dtype}")
+    if x.ndim != 2 or len(shape) != 2 or x.shape[1] != shape[1] or x.shape[1] == 0:
+        raise ValueError(f"x, weight: expected [T, H] and [E, H], got {list(x.shape)} and {shape}")
     inputs = x.shape[1]
-    bits = (_DOUBLE_BITS - (inputs - 1).bit_length()) // 2
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
-    tokens = max(1, _TOKEN_ELEMENTS // inputs)
-    outputs = max(1, _WEIGHT_ELEMENTS // inputs)
+    bits = _slice_bits(inputs)
+    y = torch.empty(x.shape[0], shape[0], dtype=torch.float32, device=x.device)
+    tokens = max(1, (_CUDA_TOKEN_ELEMENTS if x.is_cuda else _TOKEN_ELEMENTS) // inputs)
+    outputs = max(1, shape[0] if isinstance(weight, SlicedWeight) else _WEIGHT_ELEMENTS // inputs)
     for t in range(0, x.shape[0], tokens):
         left, left_unit = _slices(x[t : t + tokens], bits)
-        for n in range(0, weight.shape[0], outputs):
-            right, right_unit = _slices(weight[n : n + outputs], bits)
+        for n in range(0, shape[0], outputs):
+            right, right_unit = weight if isinstance(weight, SlicedWeight) else _slices(weight[n : n + outputs], bits)
             y[t : t + tokens, n : n + outputs] = _combine(left @ right.T, bits) * left_unit * right_unit.T
     return y
+
+
+def _slice_bits(inputs: int) -> int:
+    return (_DOUBLE_BITS - (inputs - 1).bit_length()) // 2
+
+
+def _dtype_and_shape(weight: torch.Tensor | SlicedWeight) -> tuple[torch.dtype, list[int]]:
+    if isinstance(weight, SlicedWeight):
+        return torch.float32, [weight.units.shape[0], weight.slices.shape[1]]
+    return weight.dtype, list(weight.shape)
 
 
 def _slices(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ DEAD_ROWS = 3
 
 @dataclass(frozen=True)
 class Weights:
-    """codes [E, N, K/2] and scales [E, N, K/128] on the GPU, and the same packed."""
+    """codes [E, N, K/2] and scales [E, N, K/group] on the GPU, and the same packed."""
 
     plain: Int4Weight
     packed: PackedWeight
@@ -28,7 +28,7 @@ class Weights:
         return dequantize_int4(Int4Weight(self.plain.codes[expert], self.plain.scales[expert]), torch.float64)
 
 
-def make_weights(experts: int, n: int, k: int, full_range: bool = False) -> Weights:
+def make_weights(experts: int, n: int, k: int, full_range: bool = False, group: int = 128) -> Weights:
     """Random codes of the whole range, or without -8; scales around 0.01, some groups far smaller."""
     generator = torch.Generator("cuda").manual_seed(experts + n + k)
     codes = torch.randint(-128, 128, (experts, n, k // 2), generator=generator, dtype=torch.int8, device="cuda")
@@ -36,7 +36,7 @@ def make_weights(experts: int, n: int, k: int, full_range: bool = False) -> Weig
         low = codes & 15
         low += low == 8
         codes = (torch.where(codes < -112, codes + 16, codes) & -16) | low
-    scales = torch.exp(torch.randn(experts, n, k // 128, generator=generator, device="cuda")) * 0.01
+    scales = torch.exp(torch.randn(experts, n, k // group, generator=generator, device="cuda")) * 0.01
     plain = Int4Weight(codes, scales)
     return Weights(plain, pack(plain))
 

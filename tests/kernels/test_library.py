@@ -42,7 +42,9 @@ def compile_cpp(folder: Path, source: str, *options: str) -> Path:
     return output
 
 
-def fake_library(folder: Path, version: int = 1, extra_bytes: int = 0, quantize: str = "return 0;") -> Path:
+def fake_library(
+    folder: Path, version: int = library.ABI_VERSION, extra_bytes: int = 0, quantize: str = "return 0;"
+) -> Path:
     """A library with the interface of w4afp8.h, or almost."""
     source = f"""
 #include "w4afp8.h"
@@ -76,10 +78,9 @@ def test_structs_have_the_sizes_and_offsets_of_the_header(tmp_path: Path) -> Non
 
 def test_constants_are_those_of_the_header() -> None:
     header = (PACKAGE / "csrc" / "w4afp8.h").read_text()
-    found = dict(re.findall(r"\bW4AFP8_(BF16|F16|F32|PLAIN|SWIGLU) = (\d+)", header))
-    assert {name: int(value) for name, value in found.items()} == {
-        name: getattr(library, name) for name in ("BF16", "F16", "F32", "PLAIN", "SWIGLU")
-    }
+    names = ("BF16", "F16", "F32", "PLAIN", "SWIGLU", "AS_IS", "HALVES", "INTERLEAVED")
+    found = dict(re.findall(rf"\bW4AFP8_({'|'.join(names)}) = (\d+)", header))
+    assert {name: int(value) for name, value in found.items()} == {name: getattr(library, name) for name in names}
     assert f"#define W4AFP8_ABI_VERSION {library.ABI_VERSION}\n" in header
 
 
@@ -99,8 +100,10 @@ def test_file_that_is_no_library_is_a_mismatch(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_library_of_another_version_is_a_mismatch(tmp_path: Path) -> None:
-    with pytest.raises(LibraryMismatch, match="expected interface version 1, got 2"):
-        Library(fake_library(tmp_path, version=2))
+    with pytest.raises(
+        LibraryMismatch, match=f"expected interface version {library.ABI_VERSION}, got {library.ABI_VERSION + 1}"
+    ):
+        Library(fake_library(tmp_path, version=library.ABI_VERSION + 1))
 
 
 @needs_compiler

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from w4afp8.linear import slice_weight
 from w4afp8.portable import linear
 
 Rows = Callable[[int, int], torch.Tensor]
@@ -49,6 +50,19 @@ def test_neither_batch_nor_order_nor_threads_nor_blocks_change_bits(
     monkeypatch.setattr("w4afp8.linear._TOKEN_ELEMENTS", 7 * 1536)
     monkeypatch.setattr("w4afp8.linear._WEIGHT_ELEMENTS", 5 * 1536)
     assert torch.equal(linear(x, weight), whole)
+
+
+def test_a_weight_cut_once_gives_the_same_bits(lognormal: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = lognormal(150, 1536), lognormal(64, 1536)
+    cut = slice_weight(weight)
+    assert torch.equal(linear(x, cut), linear(x, weight))
+    assert torch.equal(linear(x[:1], cut), linear(x, weight)[:1])
+    monkeypatch.setattr("w4afp8.linear._TOKEN_ELEMENTS", 7 * 1536)
+    assert torch.equal(linear(x, cut), linear(x, weight))
+    with pytest.raises(ValueError, match=r"got \[150, 1536\] and \[64, 1535\]"):
+        linear(x, slice_weight(weight[:, 1:]))
+    with pytest.raises(ValueError, match=r"weight: expected float32 \[E, H\], got torch.float64"):
+        slice_weight(weight.double())
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

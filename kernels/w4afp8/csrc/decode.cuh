@@ -4,86 +4,83 @@
 
 namespace w4afp8 {
 
-constexpr int kDecodeCap = 32;
-using DecodeRing = Ring<2>;
+template <class F>
+using DecodeRing = Ring<2, F>;
 
-template <int kTokens, bool kFullRange, bool kGroupScale, Epilogue kEpilogue>
-W4AFP8_INLINE void decode_tile(const GemmParams& p, const DecodeRing& ring, Cursor& at, Cursor& slot, const Schedule& s,
-                               const Walk& walk) {
-  const int warpgroup = threadIdx.x >> 7, thread = threadIdx.x & 127, warp = thread >> 5, lane = threadIdx.x & 31;
-  const uint32_t codes = warpgroup * 4096 + thread * 16;
-  const uint32_t scales = kCodeBytes + (warpgroup * 32 + warp * 8 + (lane >> 2)) * 4;
-  // Registers are for two CTAs: 32 tokens leave room for one set of partial sums.
-  constexpr int kParts = kTokens <= 16 ? 2 : 1;
+template <int kTokens, bool kGroupScale, Epilogue kEpilogue, class F>
+W4AFP8_INLINE void decode_tile(const GemmParams& p, const DecodeRing<F>& ring, Cursor& at, const Slot& slot) {
+  const int lane = threadIdx.x & 31;
+  // 32 tokens and more leave room for one set of partial sums, as do scales of 32 inputs for their own waits.
+  constexpr int kParts = kTokens <= 16 && F::kScales == 1 ? 2 : 1;
   float acc[kTokens / 2], part[kParts][kTokens / 2];
-  Fragment f[2];
+  Fragment<F> f[2];
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) {
     acc[i] = 0.f;
 #pragma unroll
     for (int b = 0; b < kParts; ++b) part[b][i] = 0.f;
   }
-  auto load = [&](Fragment& fragment, int group) {
-    const uint32_t block = ring.weight(at.stage, group);
-    fragment.template load<kFullRange>(block + codes, block + scales);
-  };
-  auto release = [&](int stage) {
-    if (lane == 0) arrive(ring.empty(stage));
-  };
   wait(ring.full(at.stage), at.phase);
-  load(f[0], 0);
+  f[0].load(ring.weight(at.stage, 0));
 #pragma unroll 1
   for (int group = 0; group < p.groups; group += 2) {
     const int stage = at.stage;
-    const uint32_t token_scales = ring.scale(stage, 0) + 8 * (lane & 3);
-    issue<kTokens>(part[0], f[0], ring.activation(stage, 0));
-    load(f[1], 1);
+    const uint32_t token_scales = ring.scale(stage, 0) + 8 * (lane & 3), second_scales = token_scales + p.token_cap * 4;
+    auto load_next = [&] {
+      at.advance(p.stages);
+      if (group + 2 < p.groups) {
+        wait(ring.full(at.stage), at.phase);
+        f[0].load(ring.weight(at.stage, 0));
+      }
+    };
     if constexpr (kParts == 2) {
+      issue<kTokens>(part[0], f[0], ring.activation(stage, 0));
+      f[1].load(ring.weight(stage, 1));
       issue<kTokens>(part[1], f[1], ring.activation(stage, 1));
       cute::warpgroup_wait<1>();
-      promote<kTokens, kGroupScale>(acc, part[0], f[0].scale0, f[0].scale1, token_scales);
-    } else {
+      promote<kTokens, kGroupScale>(acc, part[0], f[0].scales[0], token_scales);
+      load_next();
       cute::warpgroup_wait<0>();
-      promote<kTokens, kGroupScale>(acc, part[0], f[0].scale0, f[0].scale1, token_scales);
-      issue<kTokens>(part[0], f[1], ring.activation(stage, 1));
+      if constexpr (!kGroupScale) ring.release(stage);
+      promote<kTokens, kGroupScale>(acc, part[1], f[1].scales[0], second_scales);
+      if constexpr (kGroupScale) ring.release(stage);
+    } else {
+      multiply<kTokens, kGroupScale>(acc, part[0], f[0], ring.activation(stage, 0), token_scales,
+                                     [&] { f[1].load(ring.weight(stage, 1)); }, [] {});
+      multiply<kTokens, kGroupScale>(acc, part[0], f[1], ring.activation(stage, 1), second_scales, load_next,
+                                     [&] { ring.release(stage); });
     }
-    at.advance(p.stages);
-    if (group + 2 < p.groups) {
-      wait(ring.full(at.stage), at.phase);
-      load(f[0], 0);
-    }
-    cute::warpgroup_wait<0>();
-    if constexpr (!kGroupScale) release(stage);
-    promote<kTokens, kGroupScale>(acc, part[kParts - 1], f[1].scale0, f[1].scale1, token_scales + p.token_cap * 4);
-    if constexpr (kGroupScale) release(stage);
   }
-  finish_tile<kTokens, kEpilogue>(p, ring, slot, s, walk, acc);
+  write_tile<kTokens, kEpilogue, !kGroupScale>(p, slot, acc);
 }
 
-template <bool kFullRange, bool kGroupScale, Epilogue kEpilogue>
+template <class F, bool kGroupScale, Epilogue kEpilogue>
 __global__ void __launch_bounds__(384, 2) decode_kernel(const GemmParams p, const __grid_constant__ ActivationMaps maps) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  __shared__ Schedule schedule;
-  const DecodeRing ring{((uint32_t)__cvta_generic_to_shared(shared) + 1023u) & ~1023u, p};
+  const uint32_t base = ((uint32_t)__cvta_generic_to_shared(shared) + 1023u) & ~1023u;
+  const DecodeRing<F> ring{base, p};
+  const Schedule schedule(reinterpret_cast<int*>(shared + (base - (uint32_t)__cvta_generic_to_shared(shared)) + p.schedule), p);
   const int warp = uniform((int)threadIdx.x >> 5);
   if (threadIdx.x == 0) ring.init(kGroupScale ? 33 : 1);
-  build_schedule(schedule, p);
+  start_early(p);
+  build_schedule<false>(schedule, p);
   if (warp >= 8) {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
-    produce_all<2, kGroupScale>(warp, p, schedule, ring, maps, kEvictFirst);
+    cutlass::arch::warpgroup_reg_dealloc<32>();
+    produce_all<kGroupScale, false>(warp, p, schedule, ring, maps, kEvictFirst);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<96>();
-    Cursor at, slot;
-    for (Walk walk; walk.here(schedule, p); walk.advance()) {
-      const int rows = locate(schedule, p, walk.tile, walk.expert).rows;
+    cutlass::arch::warpgroup_reg_alloc<104>();
+    Cursor at;
+    consume_all(ring, [&](int rows, const Slot& slot) {
       if (rows <= 8) {
-        decode_tile<8, kFullRange, kGroupScale, kEpilogue>(p, ring, at, slot, schedule, walk);
+        decode_tile<8, kGroupScale, kEpilogue, F>(p, ring, at, slot);
       } else if (rows <= 16) {
-        decode_tile<16, kFullRange, kGroupScale, kEpilogue>(p, ring, at, slot, schedule, walk);
-      } else {
-        decode_tile<32, kFullRange, kGroupScale, kEpilogue>(p, ring, at, slot, schedule, walk);
+        decode_tile<16, kGroupScale, kEpilogue, F>(p, ring, at, slot);
+      } else if (rows <= 32) {
+        decode_tile<32, kGroupScale, kEpilogue, F>(p, ring, at, slot);
+      } else if constexpr (constexpr int kCap = F::decode_cap(kGroupScale); kCap > 32) {
+        decode_tile<kCap, kGroupScale, kEpilogue, F>(p, ring, at, slot);
       }
-    }
+    });
   }
 }
 

@@ -1,4 +1,4 @@
-// Host side of the grouped GEMM: which kernel, how much shared memory, the tensor map of the activations.
+// Which kernels there are: a decode and a prefill kernel for each format of weights, granularity and epilogue.
 #pragma once
 #include "w4afp8.h"
 #include "decode.cuh"
@@ -8,28 +8,53 @@ namespace w4afp8 {
 
 using GemmKernel = void (*)(GemmParams, ActivationMaps);
 
-// A kernel and how to launch it. One table an instantiation file (decode.cu, prefill.cu), so that they compile apart.
+// A kernel, the tokens of its tiles at most, and the inside of its shared memory.
 struct Launch {
   GemmKernel kernel;
-  int ctas_per_sm;
+  int ctas_per_sm, token_cap, stage_bytes, fixed_bytes;
+  void (*lay_out)(GemmParams&);
 };
 
-Launch decode_launch(bool full_range, bool token_group, Epilogue epilogue);
-Launch prefill_launch(bool full_range, bool token_group, Epilogue epilogue);
+// expected: rows of a busy expert.
+struct Choice {
+  bool token_group;
+  Epilogue epilogue;
+  int expected, experts;
+};
 
-template <template <bool, bool, Epilogue> class Kernel>
-GemmKernel choose(bool full_range, bool token_group, Epilogue epilogue) {
-  auto pick = [&](auto full, auto group) -> GemmKernel {
-    switch (epilogue) {
-      case Epilogue::kBf16: return Kernel<full(), group(), Epilogue::kBf16>::value;
-      case Epilogue::kF32: return Kernel<full(), group(), Epilogue::kF32>::value;
-      default: return Kernel<full(), group(), Epilogue::kSwiglu>::value;
+// One instantiation file a format, so that they compile apart.
+Launch int4_launch(Choice choice);
+Launch int4_full_launch(Choice choice);
+Launch int4_group32_launch(Choice choice);
+Launch fp8_launch(Choice choice);
+
+// Decode pays while a tile's tokens hide under its weights; above, the tensor cores bound (BENCHMARKS.md).
+constexpr int kDecodeRows = 64;  // expected of a busy expert: about 32 on average
+
+template <class F, bool kGroupScale, Epilogue kEpilogue>
+Launch launch_of(Choice choice) {
+  if (choice.expected > kDecodeRows) {
+    using R = PrefillRing<F>;
+    const int cap = F::prefill_cap(kGroupScale);
+    return {prefill_kernel<F, kGroupScale, kEpilogue>, 1, cap, R::stage_bytes(cap),
+            R::fixed_bytes(cap, choice.experts), R::lay_out};
+  }
+  using R = DecodeRing<F>;
+  const int cap = choice.expected <= 8 ? 8 : choice.expected <= 16 ? 16 : choice.expected <= 32 ? 32 : F::decode_cap(kGroupScale);
+  return {decode_kernel<F, kGroupScale, kEpilogue>, 2, cap, R::stage_bytes(cap),
+          R::fixed_bytes(cap, choice.experts), R::lay_out};
+}
+
+template <class F>
+Launch launch_for(Choice choice) {
+  auto pick = [&](auto group) -> Launch {
+    switch (choice.epilogue) {
+      case Epilogue::kBf16: return launch_of<F, group(), Epilogue::kBf16>(choice);
+      case Epilogue::kF32: return launch_of<F, group(), Epilogue::kF32>(choice);
+      default: return launch_of<F, group(), Epilogue::kSwiglu>(choice);
     }
   };
-  using Yes = std::true_type;
-  using No = std::false_type;
-  if (full_range) return token_group ? pick(Yes{}, Yes{}) : pick(Yes{}, No{});
-  return token_group ? pick(No{}, Yes{}) : pick(No{}, No{});
+  return choice.token_group ? pick(std::true_type{}) : pick(std::false_type{});
 }
 
 }  // namespace w4afp8

@@ -1,29 +1,72 @@
-// The parts both kernels share: a weight block to registers, one wgmma batch, promotion to float32.
+// The parts both kernels share: copies to shared memory, weights to registers, wgmma, promotion to float32.
 #pragma once
 #include "epilogue.cuh"
 
 namespace w4afp8 {
 
-// A 64 x 128 block of weights as wgmma's register operand, and the group scales of this lane's two rows.
+enum class Codes { kInt4, kInt4Full, kFp8 };
+
+// How a block of weights, 128 rows x 128 inputs, lies in memory: codes, then kScales rows of 128 scales of 16 bits, each
+// for 128 / kScales inputs (w4afp8.packed and packed_fp8 say where in them).
+template <Codes kCodes_, int kScales_>
+struct Format {
+  static constexpr Codes kCodes = kCodes_;
+  static constexpr int kScales = kScales_;
+  static constexpr int kCodeBytes = kCodes == Codes::kFp8 ? 16384 : 8192;
+  static constexpr int kBlockBytes = kCodeBytes + 256 * kScales;
+  // Tokens of a tile at most: as many as registers hold without spilling.
+  static constexpr int decode_cap(bool group_scale) {
+    return kScales == 4 ? 32 : kCodes == Codes::kInt4Full || group_scale ? 40 : 48;
+  }
+  static constexpr int prefill_cap(bool group_scale) {
+    if (kScales == 4) return 128;
+    if (kCodes == Codes::kFp8) return group_scale ? 128 : 160;
+    return group_scale ? 160 : 176;
+  }
+};
+
+// A thread's part of a warpgroup's half of a block, 64 rows x 128 inputs, as it lies in shared memory.
+template <class F>
+struct Packed {
+  uint32_t codes[F::kCodes == Codes::kFp8 ? 16 : 8];
+  uint32_t scales[F::kScales];  // of this lane's two rows, the first one's in the lower half
+
+  // block: shared memory.
+  W4AFP8_INLINE void load(uint32_t block) {
+    const uint32_t first = block + (threadIdx.x >> 7) * (F::kCodeBytes / 2) + (threadIdx.x & 127) * 16;
+    const uint32_t pair = block + F::kCodeBytes + (threadIdx.x >> 2) * 4;  // 8 warps, 8 pairs of rows each
+#pragma unroll
+    for (int i = 0; i < F::kCodeBytes / 4096; ++i) load4(codes + 4 * i, first + i * 2048);
+#pragma unroll
+    for (int i = 0; i < F::kScales; ++i) scales[i] = load1(pair + i * 256);
+  }
+};
+
+// The same as wgmma's register operand.
+template <class F>
 struct Fragment {
   uint32_t a[4][4];
-  float scale0, scale1;
+  uint32_t scales[F::kScales];
 
-  // codes: this thread's 16 bytes of the block's first half; scales: this lane's pair.
-  template <bool kFullRange>
-  W4AFP8_INLINE void load(uint32_t codes, uint32_t scales) {
-    uint32_t q[8];
-    load4(q, codes);
-    load4(q + 4, codes + 2048);
-    uint32_t pair = load1(scales);
-    float2 f = __half22float2(*reinterpret_cast<__half2*>(&pair));
-    scale0 = f.x;
-    scale1 = f.y;
+  W4AFP8_INLINE void convert(const Packed<F>& packed) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      convert<kFullRange>(q[2 * step], a[step][0], a[step][1]);
-      convert<kFullRange>(q[2 * step + 1], a[step][2], a[step][3]);
+      if constexpr (F::kCodes == Codes::kFp8) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[step][i] = packed.codes[4 * step + i];
+      } else {
+        w4afp8::convert<F::kCodes == Codes::kInt4Full>(packed.codes[2 * step], a[step][0], a[step][1]);
+        w4afp8::convert<F::kCodes == Codes::kInt4Full>(packed.codes[2 * step + 1], a[step][2], a[step][3]);
+      }
     }
+#pragma unroll
+    for (int i = 0; i < F::kScales; ++i) scales[i] = packed.scales[i];
+  }
+
+  W4AFP8_INLINE void load(uint32_t block) {
+    Packed<F> packed;
+    packed.load(block);
+    convert(packed);
   }
 
   // Keeps the compiler from moving the conversion past the next wait: it shall run under the wgmma in flight.
@@ -35,73 +78,103 @@ struct Fragment {
   }
 };
 
-// part = weights x activations over 128 inputs: four wgmma of 32.
-template <int kTokens>
-W4AFP8_INLINE void issue(float* part, Fragment& f, uint32_t activations) {
+// part = weights x activations over the inputs of scale row `index`: one or four wgmma of 32 inputs.
+template <int kTokens, class F>
+W4AFP8_INLINE void issue(float* part, Fragment<F>& f, uint32_t activations, int index = 0) {
+  constexpr int kSteps = 4 / F::kScales;
   const uint64_t descriptor = operand(activations);
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) cute::warpgroup_fence_operand(part[i]);
 #pragma unroll
-  for (int step = 0; step < 4; ++step)
+  for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(f.a[step][i]);
+    for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(f.a[index * kSteps + step][i]);
   cute::warpgroup_arrive();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) Mma<kTokens>::run(part, f.a[step], descriptor + step * 2, step != 0);
+  for (int step = 0; step < kSteps; ++step) {
+    const int at = index * kSteps + step;
+    Mma<kTokens>::run(part, f.a[at], descriptor + at * 2, step != 0);
+  }
   cute::warpgroup_commit_batch();
 }
+
+// A scale of 4 bits of exponent and 12 of mantissa, without a sign, as a float: 2^(exponent - 6) * (1 + mantissa / 4096).
+W4AFP8_INLINE float widen(uint32_t scale) { return __uint_as_float((scale << 11) + ((127 - 6) << 23)); }
 
 // acc += part * scale. The tensor core keeps 13 bits below the largest term, so 128 inputs at most before this.
 // token_scales: shared memory, this lane's pair of the first 8 tokens (group scales of the activations only).
 template <int kTokens, bool kGroupScale>
-W4AFP8_INLINE void promote(float* acc, float* part, float scale0, float scale1, uint32_t token_scales) {
+W4AFP8_INLINE void promote(float* acc, float* part, uint32_t scales, uint32_t token_scales) {
+  const float2 scale = make_float2(widen(scales & 0xffffu), widen(scales >> 16));
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) cute::warpgroup_fence_operand(part[i]);
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
     float2 f = kGroupScale ? load_float2(token_scales + j * 32) : make_float2(1.f, 1.f);
-    acc[4 * j] = fmaf(part[4 * j], kGroupScale ? scale0 * f.x : scale0, acc[4 * j]);
-    acc[4 * j + 1] = fmaf(part[4 * j + 1], kGroupScale ? scale0 * f.y : scale0, acc[4 * j + 1]);
-    acc[4 * j + 2] = fmaf(part[4 * j + 2], kGroupScale ? scale1 * f.x : scale1, acc[4 * j + 2]);
-    acc[4 * j + 3] = fmaf(part[4 * j + 3], kGroupScale ? scale1 * f.y : scale1, acc[4 * j + 3]);
+    acc[4 * j] = fmaf(part[4 * j], kGroupScale ? scale.x * f.x : scale.x, acc[4 * j]);
+    acc[4 * j + 1] = fmaf(part[4 * j + 1], kGroupScale ? scale.x * f.y : scale.x, acc[4 * j + 1]);
+    acc[4 * j + 2] = fmaf(part[4 * j + 2], kGroupScale ? scale.y * f.x : scale.y, acc[4 * j + 2]);
+    acc[4 * j + 3] = fmaf(part[4 * j + 3], kGroupScale ? scale.y * f.y : scale.y, acc[4 * j + 3]);
+  }
+}
+
+// acc += weights x activations over the 128 inputs of a block.
+// meanwhile: done under the first wgmma in flight. read: called once the block's weights and activations are read;
+// token scales are read with the promotion.
+template <int kTokens, bool kGroupScale, class F, class Meanwhile, class Read>
+W4AFP8_INLINE void multiply(float* acc, float* part, Fragment<F>& f, uint32_t activations, uint32_t token_scales,
+                            Meanwhile meanwhile, Read read) {
+#pragma unroll
+  for (int index = 0; index < F::kScales; ++index) {
+    issue<kTokens>(part, f, activations, index);
+    if (index == 0) meanwhile();
+    cute::warpgroup_wait<0>();
+    if (!kGroupScale && index == F::kScales - 1) read();
+    promote<kTokens, kGroupScale>(acc, part, f.scales[index], token_scales);
+    if (kGroupScale && index == F::kScales - 1) read();
   }
 }
 
 // The ring of stages in shared memory. A stage has kDepth groups of 128 inputs:
 // kDepth tiles of activations | kDepth weight blocks | kDepth rows of token scales.
-// Then two slots of the epilogue's factors, a float for each token and each of the 128 channels; the barriers.
-// Offsets are kernel parameters, which cost no registers.
-template <int kDepth>
+// Then the slots of the tiles' ends; the barriers. Offsets are kernel parameters, which cost no registers.
+template <int kDepth_, class F>
 struct Ring {
+  static constexpr int kDepth = kDepth_;
+  static constexpr int kSlots = 4;
+  using Format = F;
   uint32_t base;
   const GemmParams& p;
 
   static void lay_out(GemmParams& p) {
     p.ring_weights = p.stages * kDepth * p.token_cap * 128;
-    p.ring_scales = p.ring_weights + p.stages * kDepth * kBlockBytes;
-    p.ring_factors = p.ring_scales + p.stages * kDepth * p.token_cap * 4;
-    p.ring_full = p.ring_factors + 2 * slot_bytes(p.token_cap);
+    p.ring_scales = p.ring_weights + p.stages * kDepth * F::kBlockBytes;
+    p.ring_slots = p.ring_scales + p.stages * kDepth * p.token_cap * 4;
+    p.ring_full = p.ring_slots + kSlots * Slot::bytes(p.token_cap);
     p.ring_empty = p.ring_full + p.stages * 8;
-    p.ring_factors_full = p.ring_empty + p.stages * 8;
-    p.ring_factors_empty = p.ring_factors_full + 16;
+    p.ring_slot_full = p.ring_empty + p.stages * 8;
+    p.ring_slot_empty = p.ring_slot_full + kSlots * 8;
+    p.schedule = p.ring_slot_empty + kSlots * 8;
   }
-  static int stage_bytes(int cap) { return kDepth * (cap * 132 + kBlockBytes) + 16; }
-  static int fixed_bytes(int cap) { return 2 * slot_bytes(cap) + 32; }
-  static __host__ __device__ constexpr int slot_bytes(int cap) { return (cap + 128) * 4; }
+  static int stage_bytes(int cap) { return kDepth * (cap * 132 + F::kBlockBytes) + 16; }
+  static int fixed_bytes(int cap, int experts) {
+    return kSlots * (Slot::bytes(cap) + 16) + Schedule::bytes(experts);
+  }
 
   W4AFP8_INLINE uint32_t activation(int stage, int group) const {
     return base + (stage * kDepth + group) * p.token_cap * 128;
   }
   W4AFP8_INLINE uint32_t weight(int stage, int group) const {
-    return base + p.ring_weights + (stage * kDepth + group) * kBlockBytes;
+    return base + p.ring_weights + (stage * kDepth + group) * F::kBlockBytes;
   }
   W4AFP8_INLINE uint32_t scale(int stage, int group) const {
     return base + p.ring_scales + (stage * kDepth + group) * p.token_cap * 4;
   }
-  W4AFP8_INLINE uint32_t token_factors(int slot) const { return base + p.ring_factors + slot * slot_bytes(p.token_cap); }
-  W4AFP8_INLINE uint32_t channel_factors(int slot) const { return token_factors(slot) + p.token_cap * 4; }
-  W4AFP8_INLINE uint32_t factors_full(int slot) const { return base + p.ring_factors_full + slot * 8; }
-  W4AFP8_INLINE uint32_t factors_empty(int slot) const { return base + p.ring_factors_empty + slot * 8; }
+  W4AFP8_INLINE Slot slot(int index) const {
+    return {base + p.ring_slots + index * Slot::bytes(p.token_cap), p.token_cap};
+  }
+  W4AFP8_INLINE uint32_t slot_full(int index) const { return base + p.ring_slot_full + index * 8; }
+  W4AFP8_INLINE uint32_t slot_empty(int index) const { return base + p.ring_slot_empty + index * 8; }
   W4AFP8_INLINE uint32_t full(int stage) const { return base + p.ring_full + stage * 8; }
   W4AFP8_INLINE uint32_t empty(int stage) const { return base + p.ring_empty + stage * 8; }
 
@@ -111,12 +184,17 @@ struct Ring {
       init_barrier(full(i), full_arrivals);
       init_barrier(empty(i), 8);
     }
-    for (int i = 0; i < 2; ++i) {
-      init_barrier(factors_full(i), 32);
-      init_barrier(factors_empty(i), 8);
+    for (int i = 0; i < kSlots; ++i) {
+      init_barrier(slot_full(i), 33);  // 32 lanes' copies, and the thread that writes the tile
+      init_barrier(slot_empty(i), 8);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
+  }
+
+  // A consumer warp has read what it needs of a stage.
+  W4AFP8_INLINE void release(int stage) const {
+    if ((threadIdx.x & 31) == 0) arrive(empty(stage));
   }
 };
 
@@ -131,121 +209,144 @@ struct Cursor {
   }
 };
 
-// The activations [rows, k] as boxes of 128 inputs and 8 or 64 rows.
+// The activations [rows, k] as boxes of 128 inputs and 8, 16, 24 or 32, 64 ... 160 rows. A tile's rows, rounded up to 8,
+// are one box or two: issuing copies takes the producer's time, and rows too many L2's.
 struct ActivationMaps {
-  CUtensorMap rows8, rows64;
+  static constexpr int kSmall = 3, kLarge = 5;
+  CUtensorMap small[kSmall], large[kLarge];
 };
 
-// One warp of the producer: brings every stage of every tile of this CTA. Weights are one linear stream.
-template <int kDepth>
-W4AFP8_INLINE void produce(const GemmParams& p, const Schedule& s, const Ring<kDepth>& ring,
-                           const ActivationMaps& maps, uint64_t policy) {
+// One warp of the producer: brings every stage of every tile of this CTA. Weights are one linear stream, whose first
+// stages come before the kernel waits for the one before it: nobody writes weights.
+template <bool kTurn, class R>
+W4AFP8_INLINE void produce(const GemmParams& p, const Schedule& s, const R& ring, const ActivationMaps& maps,
+                           uint64_t policy) {
+  using F = typename R::Format;
+  constexpr int kWeightBytes = R::kDepth * F::kBlockBytes;
   Cursor at;
   at.phase = 1;
-  for (Walk walk; walk.here(s, p); walk.advance()) {
-    const Tile tile = locate(s, p, walk.tile, walk.expert);
-    // Whole boxes of 64 rows while a tile has many, since issuing copies takes time; then boxes of 8, to load no more.
-    int large = tile.rows / 64, small = (tile.rows % 64 + 7) / 8;
-    if (small > 4) {
-      ++large;
-      small = 0;
-    }
-    const uint8_t* block = p.weight + ((size_t)tile.expert * p.row_tiles + tile.row_tile) * p.groups * kBlockBytes;
-    for (int group = 0; group < p.groups; group += kDepth) {
-      wait(ring.empty(at.stage), at.phase);
-      if ((threadIdx.x & 31) == 0) {
-        const uint32_t full = ring.full(at.stage);
-        expect(full, kDepth * (kBlockBytes + large * 8192 + small * 1024));
-        copy_bulk(ring.weight(at.stage, 0), block + (size_t)group * kBlockBytes, kDepth * kBlockBytes, full, policy);
-#pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          uint32_t target = ring.activation(at.stage, d);
-          int row = tile.first_row;
-          for (int box = 0; box < large; ++box, target += 8192, row += 64)
-            copy_tensor(target, &maps.rows64, full, (group + d) * 128, row);
-          for (int box = 0; box < small; ++box, target += 1024, row += 8)
-            copy_tensor(target, &maps.rows8, full, (group + d) * 128, row);
-        }
+  int early = min(p.stages, p.groups / R::kDepth);  // stages whose weights come first
+  for (Walk<kTurn> walk(s, p); walk.next(); __syncwarp()) {
+    if ((threadIdx.x & 31) != 0) continue;
+    const Tile& tile = walk.tile();
+    const int eights = (tile.rows + 7) / 8, large = eights / 4, small = eights % 4;
+    const CUtensorMap *first = &maps.large[large - 1], *rest = &maps.small[small - 1];
+    const uint8_t* block = p.weight + ((size_t)tile.expert * p.row_tiles + tile.row_tile) * p.groups * F::kBlockBytes;
+    if (early > 0) {
+#pragma unroll 1  // registers are the consumers'
+      for (int stage = 0; stage < early; ++stage) {
+        expect(ring.full(stage), kWeightBytes + R::kDepth * eights * 1024);
+        copy_bulk(ring.weight(stage, 0), block + (size_t)stage * kWeightBytes, kWeightBytes, ring.full(stage), policy);
       }
-      __syncwarp();
+      wait_for_previous_kernel();
+    }
+#pragma unroll 1
+    for (int group = 0; group < p.groups; group += R::kDepth, block += kWeightBytes) {
+      const uint32_t full = ring.full(at.stage);
+      if (--early < 0) {
+        wait(ring.empty(at.stage), at.phase);
+        expect(full, kWeightBytes + R::kDepth * eights * 1024);
+        copy_bulk(ring.weight(at.stage, 0), block, kWeightBytes, full, policy);
+      }
+#pragma unroll
+      for (int d = 0; d < R::kDepth; ++d) {
+        const uint32_t target = ring.activation(at.stage, d);
+        if (large) copy_tensor(target, first, full, (group + d) * 128, tile.first_row);
+        if (small) copy_tensor(target + large * 4096, rest, full, (group + d) * 128, tile.first_row + large * 32);
+      }
       at.advance(p.stages);
     }
   }
 }
 
 // One warp beside it, where activations have a scale per token and 128 inputs: row-major in memory, so 4 bytes each.
-template <int kDepth>
-W4AFP8_INLINE void produce_scales(const GemmParams& p, const Schedule& s, const Ring<kDepth>& ring) {
+template <bool kTurn, class R>
+W4AFP8_INLINE void produce_scales(const GemmParams& p, const Schedule& s, const R& ring) {
+  constexpr int kDepth = R::kDepth;
   Cursor at;
   at.phase = 1;
   const int lane = threadIdx.x & 31;
-  for (Walk walk; walk.here(s, p); walk.advance()) {
-    const Tile tile = locate(s, p, walk.tile, walk.expert);
+  for (Walk<kTurn> walk(s, p); walk.next();) {
+    const Tile& tile = walk.tile();
     for (int group = 0; group < p.groups; group += kDepth) {
       wait(ring.empty(at.stage), at.phase);
+#pragma unroll 1
       for (int token = lane; token < tile.rows; token += 32)
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
           const bool inside = group + d < p.scale_columns;  // K is padded to an even number of groups
           const float* source = p.x_scales + (size_t)(tile.first_row + token) * p.scale_columns + (inside ? group + d : 0);
-          asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(ring.scale(at.stage, d) + token * 4), "l"(source),
-                       "r"(inside ? 4 : 0)
-                       : "memory");
+          copy_async<4>(ring.scale(at.stage, d) + token * 4, source, inside ? 4 : 0);
         }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(ring.full(at.stage)) : "memory");
+      arrive_after_copies(ring.full(at.stage));
       at.advance(p.stages);
     }
   }
 }
 
-// One warp beside them: what the epilogue multiplies with, a tile ahead.
-template <int kDepth, bool kGroupScale>
-W4AFP8_INLINE void produce_factors(const GemmParams& p, const Schedule& s, const Ring<kDepth>& ring) {
+// One warp beside them: which tile comes next, and what its end multiplies with. It waits for no copy.
+template <bool kGroupScale, bool kTurn, class R>
+W4AFP8_INLINE void produce_slots(const GemmParams& p, const Schedule& s, const R& ring) {
   Cursor at;
   at.phase = 1;
   const int lane = threadIdx.x & 31;
-  for (Walk walk; walk.here(s, p); walk.advance()) {
-    const Tile tile = locate(s, p, walk.tile, walk.expert);
-    wait(ring.factors_empty(at.stage), at.phase);
-    for (int token = lane; token < tile.rows; token += 32) {
-      float factor = kGroupScale ? 1.f : __ldg(p.x_scales + tile.first_row + token);
-      if (p.row_weights) factor *= __ldg(p.row_weights + tile.first_row + token);
-      store1(ring.token_factors(at.stage) + token * 4, factor);
+  Walk<kTurn> walk(s, p);
+  for (bool more = true; more; at.advance(R::kSlots)) {
+    more = walk.next();
+    const Tile& tile = walk.tile();
+    const Slot slot = ring.slot(at.stage);
+    wait(ring.slot_empty(at.stage), at.phase);
+    if (more) {
+      const float* channels = p.channel_scales + ((size_t)tile.expert * p.row_tiles + tile.row_tile) * 128;
+      copy_async<16>(slot.channel_scales() + lane * 16, channels + lane * 4);
+#pragma unroll 1
+      for (int token = lane; token < tile.rows; token += 32) {
+        if (!kGroupScale) copy_async<4>(slot.token_scales() + token * 4, p.x_scales + tile.first_row + token);
+        if (p.row_weights) copy_async<4>(slot.row_weights() + token * 4, p.row_weights + tile.first_row + token);
+      }
     }
-    const float* channels = p.channel_scales + (size_t)tile.expert * p.row_tiles * 128 + tile.row_tile * 128;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      store1(ring.channel_factors(at.stage) + (i * 32 + lane) * 4, __ldg(channels + i * 32 + lane));
-    arrive(ring.factors_full(at.stage));
-    at.advance(2);
+    arrive_after_copies(ring.slot_full(at.stage));
+    if (lane == 0) {
+      store4(slot.base, more ? tile.rows : kNoMoreTiles, tile.first_row, tile.row_tile * 128, 0);
+      arrive(ring.slot_full(at.stage));
+    }
+    __syncwarp();
   }
 }
 
 // The producer's warpgroup: one warp for each kind of copy, the fourth has nothing to do.
-template <int kDepth, bool kGroupScale>
-W4AFP8_INLINE void produce_all(int warp, const GemmParams& p, const Schedule& s, const Ring<kDepth>& ring,
+template <bool kGroupScale, bool kTurn, class R>
+W4AFP8_INLINE void produce_all(int warp, const GemmParams& p, const Schedule& s, const R& ring,
                                const ActivationMaps& maps, uint64_t policy) {
   if (warp == 8) {
-    produce(p, s, ring, maps, policy);
-  } else if (kGroupScale && warp == 9) {
-    produce_scales(p, s, ring);
+    produce<kTurn>(p, s, ring, maps, policy);
+    return;
+  }
+  wait_for_previous_kernel();
+  if (kGroupScale && warp == 9) {
+    produce_scales<kTurn>(p, s, ring);
   } else if (warp == 10) {
-    produce_factors<kDepth, kGroupScale>(p, s, ring);
+    produce_slots<kGroupScale, kTurn>(p, s, ring);
   }
 }
 
-// A consumer warpgroup's end of a tile. The tile is worked out again: keeping it would cost the main loop registers.
-template <int kTokens, Epilogue kEpilogue, int kDepth>
-W4AFP8_INLINE void finish_tile(const GemmParams& p, const Ring<kDepth>& ring, Cursor& slot, const Schedule& s,
-                               const Walk& walk, const float* acc) {
-  const int warpgroup = threadIdx.x >> 7;
-  const Tile tile = locate(s, p, walk.tile, walk.expert);
-  wait(ring.factors_full(slot.stage), slot.phase);
-  write_tile<kTokens, kEpilogue>(p, tile, tile.row_tile * 128 + warpgroup * 64, acc,
-                                 ring.channel_factors(slot.stage) + warpgroup * 256, ring.token_factors(slot.stage));
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) arrive(ring.factors_empty(slot.stage));
-  slot.advance(2);
+// All threads. What the kernel reads first are offsets, which the previous kernel may have written, or not.
+W4AFP8_INLINE void start_early(const GemmParams& p) {
+  if (!p.early_start) wait_for_previous_kernel();
+  let_next_kernel_start();
+}
+
+// The consumers' loop. compute(rows, slot): one tile, of which `rows` (uniform) tokens count.
+template <class R, class Compute>
+W4AFP8_INLINE void consume_all(const R& ring, Compute compute) {
+  for (Cursor at;; at.advance(R::kSlots)) {  // a slot is full only after the previous kernel's end
+    wait(ring.slot_full(at.stage), at.phase);
+    const int rows = uniform((int)load1(ring.slot(at.stage).base));
+    if (rows == kNoMoreTiles) return;
+    compute(rows, ring.slot(at.stage));
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) arrive(ring.slot_empty(at.stage));
+  }
 }
 
 }  // namespace w4afp8

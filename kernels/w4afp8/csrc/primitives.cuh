@@ -2,7 +2,6 @@
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <stdint.h>
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -15,9 +14,6 @@ namespace w4afp8 {
 
 using Barrier = cutlass::arch::ClusterBarrier;
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
-
-constexpr int kBlockBytes = 8448;  // one packed weight block: 128 rows x 128 inputs of codes, then 128 fp16 scales
-constexpr int kCodeBytes = 8192;
 
 #define W4AFP8_INLINE __device__ __forceinline__
 
@@ -57,9 +53,29 @@ W4AFP8_INLINE void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-W4AFP8_INLINE void store1(uint32_t shared, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(value) : "memory");
+W4AFP8_INLINE void store4(uint32_t shared, int x, int y, int z, int w) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
+
+// 4 or 16 bytes, or zeros where `read` is 0; the thread goes on.
+template <int kBytes>
+W4AFP8_INLINE void copy_async(uint32_t shared, const void* global, int read = kBytes) {
+  static_assert(kBytes == 4 || kBytes == 16);
+  if constexpr (kBytes == 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(read) : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(read) : "memory");
+  }
+}
+
+// Arrives when this thread's copies so far are there.
+W4AFP8_INLINE void arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Programmatic dependent launch: this grid starts while the one before it ends, and the next may start now.
+W4AFP8_INLINE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+W4AFP8_INLINE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 W4AFP8_INLINE void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -120,11 +136,26 @@ struct Mma;
   };
 W4AFP8_MMA(8)
 W4AFP8_MMA(16)
+W4AFP8_MMA(24)
 W4AFP8_MMA(32)
+W4AFP8_MMA(40)
+W4AFP8_MMA(48)
+W4AFP8_MMA(56)
 W4AFP8_MMA(64)
+W4AFP8_MMA(72)
+W4AFP8_MMA(80)
+W4AFP8_MMA(88)
 W4AFP8_MMA(96)
+W4AFP8_MMA(104)
+W4AFP8_MMA(112)
+W4AFP8_MMA(120)
 W4AFP8_MMA(128)
+W4AFP8_MMA(136)
+W4AFP8_MMA(144)
+W4AFP8_MMA(152)
 W4AFP8_MMA(160)
+W4AFP8_MMA(168)
+W4AFP8_MMA(176)
 #undef W4AFP8_MMA
 
 W4AFP8_INLINE uint32_t transpose8x8(uint32_t word) {

@@ -1,4 +1,4 @@
-// Which tile a CTA computes next: rows of experts are known only on the device, so every CTA works it out for itself.
+// Which tiles a CTA computes: rows of experts are known only on the device, so every CTA works it out for itself.
 #pragma once
 #include "primitives.cuh"
 
@@ -15,53 +15,81 @@ struct GemmParams {
   const int32_t* counts;
   void* y;
   int experts, n, row_tiles, groups, scale_columns, max_rows;
-  int token_cap;               // tokens of a tile at most, a multiple of 8
-  uint32_t token_cap_inverse;  // 2^32 / token_cap, rounded up
-  // The ring of stages in shared memory: counts and offsets from its start (`Ring`).
+  int early_start;  // offsets are older than the previous kernel, which may still write the activations
+  int token_cap;  // tokens of a tile at most, a multiple of 8
+  // Counts and offsets in shared memory (`Ring`), after which the schedule lies.
   int stages;
-  uint32_t ring_weights, ring_scales, ring_factors, ring_full, ring_empty, ring_factors_full, ring_factors_empty;
+  uint32_t ring_weights, ring_scales, ring_slots, ring_full, ring_empty, ring_slot_full, ring_slot_empty, schedule;
 };
 
 struct Tile {
   int expert, row_tile, first_row, rows;
 };
 
-// In shared memory: for each expert its first row, its rows, and the number of the first tile that is not before it.
-struct Schedule {
-  int first_row[kMaxExperts];
-  int rows[kMaxExperts];
-  int first_tile[kMaxExperts + 1];
+// In shared memory, for the experts in the order of their tiles: which expert, its first row, its rows, and the number
+// of the first tile that is not before it.
+class Schedule {
+ public:
+  // memory: in shared memory, `bytes` of it.
+  W4AFP8_INLINE Schedule(int* memory, const GemmParams& p) : memory_(memory), p_(p) {}
+  static int bytes(int experts) { return (4 * experts + 1) * 4; }
+
+  W4AFP8_INLINE int& expert(int place) const { return memory_[place]; }
+  W4AFP8_INLINE int& first_row(int place) const { return memory_[p_.experts + place]; }
+  W4AFP8_INLINE int& rows(int place) const { return memory_[2 * p_.experts + place]; }
+  W4AFP8_INLINE int& first_tile(int place) const { return memory_[3 * p_.experts + place]; }
+
+ private:
+  int* memory_;
+  const GemmParams& p_;
 };
 
-// rows / token_cap, rounded up: a product with 2^32 / cap rounded up, which is exact below 2^32 / cap rows. A division
-// here, for every tile and role, made short K (two groups) 10 % slower.
-W4AFP8_INLINE int token_tiles(const GemmParams& p, int rows) {
-  return (int)__umulhi((unsigned)(rows + p.token_cap - 1), p.token_cap_inverse);
-}
+W4AFP8_INLINE int token_tiles(const GemmParams& p, int rows) { return (rows + p.token_cap - 1) / p.token_cap; }
 
-// All threads of the CTA.
-W4AFP8_INLINE void build_schedule(Schedule& s, const GemmParams& p) {
+// Tokens of an expert's tiles: an even split into whole boxes of 8 rows.
+W4AFP8_INLINE int tile_tokens(int rows, int tiles) { return tiles == 0 ? 0 : ((rows + tiles - 1) / tiles + 7) & ~7; }
+
+// All threads of the CTA. kLargestFirst: experts by descending tokens of a tile, so that the CTAs, which take tiles in
+// turn, end at about the same time; where reading weights bounds, all tiles cost the same.
+template <bool kLargestFirst>
+W4AFP8_INLINE void build_schedule(const Schedule& s, const GemmParams& p) {
+  auto rows_of = [&](int e) { return p.offsets ? (int)(p.offsets[e + 1] - p.offsets[e]) : p.counts[e]; };
+  if constexpr (kLargestFirst) {
+    for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
+      const int rows = rows_of(e);
+      s.first_tile(e) = tile_tokens(rows, token_tiles(p, rows));
+    }
+    __syncthreads();
+  }
   for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
-    int64_t first = p.offsets ? p.offsets[e] : (int64_t)e * p.max_rows;
-    int rows = p.offsets ? (int)(p.offsets[e + 1] - first) : p.counts[e];
-    s.first_row[e] = (int)first;
-    s.rows[e] = rows;
-    s.first_tile[e + 1] = token_tiles(p, rows) * p.row_tiles;
+    int place = e;
+    if constexpr (kLargestFirst) {
+      const int own = s.first_tile(e);
+      place = 0;
+      for (int other = 0; other < p.experts; ++other) {
+        const int tokens = s.first_tile(other);
+        place += tokens > own || (tokens == own && other < e);
+      }
+    }
+    s.expert(place) = e;
+    s.first_row(place) = p.offsets ? (int)p.offsets[e] : e * p.max_rows;
+    s.rows(place) = rows_of(e);
   }
   __syncthreads();
-  if (threadIdx.x < 32) {  // inclusive sums, 32 experts at a time
+  if (threadIdx.x < 32) {  // sums up to each expert, 32 experts at a time
     int carry = 0;
     for (int base = 0; base < p.experts; base += 32) {
-      int e = base + (int)threadIdx.x;
-      int sum = e < p.experts ? s.first_tile[e + 1] : 0;
+      const int at = base + (int)threadIdx.x;
+      int sum = at < p.experts ? token_tiles(p, s.rows(at)) * p.row_tiles : 0;
+#pragma unroll
       for (int step = 1; step < 32; step <<= 1) {
-        int other = __shfl_up_sync(~0u, sum, step);
+        const int other = __shfl_up_sync(~0u, sum, step);
         if ((int)threadIdx.x >= step) sum += other;
       }
-      if (e < p.experts) s.first_tile[e + 1] = carry + sum;
+      if (at < p.experts) s.first_tile(at + 1) = carry + sum;
       carry += __shfl_sync(~0u, sum, 31);
     }
-    if (threadIdx.x == 0) s.first_tile[0] = 0;
+    if (threadIdx.x == 0) s.first_tile(0) = 0;
   }
   __syncthreads();
 }
@@ -71,28 +99,39 @@ W4AFP8_INLINE void build_schedule(Schedule& s, const GemmParams& p) {
 // depends on it goes through vector registers and R2UR, between the wgmma of a batch.
 W4AFP8_INLINE int uniform(int value) { return __reduce_max_sync(~0u, value); }
 
-// Tile number `tile`, which is one of `expert`.
-W4AFP8_INLINE Tile locate(const Schedule& s, const GemmParams& p, int tile, int expert) {
-  const int rows = uniform(s.rows[expert]), tiles = token_tiles(p, rows), at = tile - uniform(s.first_tile[expert]);
-  const int first_row = uniform(s.first_row[expert]);
-  if (tiles == 1) return {expert, at, first_row, rows};
-  const int token_tile = at % tiles;  // fastest, so that a weight block read again is still in L2
-  const int share = ((rows + tiles - 1) / tiles + 7) & ~7;  // an even split, whole boxes of 8 rows
-  return {expert, at / tiles, first_row + token_tile * share,
-          min(share, rows - token_tile * share)};
-}
-
 // This CTA's tiles in ascending order. Whole warps walk together.
-struct Walk {
-  int tile, expert = 0;
+// kTurn: every second round of CTAs goes backwards, which evens out tiles that become smaller.
+template <bool kTurn>
+class Walk {
+ public:
+  W4AFP8_INLINE Walk(const Schedule& s, const GemmParams& p) : s_(s), p_(p) {}
 
-  W4AFP8_INLINE Walk() : tile(blockIdx.x) {}
-  W4AFP8_INLINE bool here(const Schedule& s, const GemmParams& p) {
-    if (tile >= uniform(s.first_tile[p.experts])) return false;
-    while (tile >= uniform(s.first_tile[expert + 1])) ++expert;
+  // Finds the next tile. Returns: whether there is one.
+  W4AFP8_INLINE bool next() {
+    const int round = round_++;
+    const int ctas = (int)gridDim.x, own = (int)blockIdx.x;
+    const int tile = round * ctas + (kTurn && round % 2 ? ctas - 1 - own : own);
+    // In the last round there may be none; there is none after that either.
+    if (tile >= s_.first_tile(p_.experts)) return false;
+    for (unsigned before = ~0u; before == ~0u; place_ += __popc(before)) {
+      const int other = place_ + (int)(threadIdx.x & 31);
+      before = __ballot_sync(~0u, other < p_.experts && s_.first_tile(other + 1) <= tile);
+    }
+    const int rows = s_.rows(place_), tiles = token_tiles(p_, rows), inside = tile - s_.first_tile(place_);
+    const int share = tile_tokens(rows, tiles);
+    // Token tiles fastest, so that a weight block read again is still in L2.
+    const int token_tile = inside % tiles;
+    tile_ = {s_.expert(place_), inside / tiles, s_.first_row(place_) + token_tile * share,
+             min(share, rows - token_tile * share)};
     return true;
   }
-  W4AFP8_INLINE void advance() { tile += gridDim.x; }
+  W4AFP8_INLINE const Tile& tile() const { return tile_; }
+
+ private:
+  const Schedule& s_;
+  const GemmParams& p_;
+  int round_ = 0, place_ = 0;
+  Tile tile_{};
 };
 
 }  // namespace w4afp8

@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#define W4AFP8_ABI_VERSION 1
+#define W4AFP8_ABI_VERSION 2
 #define W4AFP8_API extern "C" __attribute__((visibility("default")))
 
 // Error codes below 1000 are cudaError_t; these are ours. w4afp8_error_string knows both.
@@ -17,6 +17,8 @@ enum {
 
 enum { W4AFP8_BF16 = 0, W4AFP8_F16 = 1, W4AFP8_F32 = 2 };
 enum { W4AFP8_PLAIN = 0, W4AFP8_SWIGLU = 1 };
+enum { W4AFP8_INT4 = 0, W4AFP8_FP8 = 1 };
+enum { W4AFP8_AS_IS = 0, W4AFP8_HALVES = 1, W4AFP8_INTERLEAVED = 2 };
 
 // y[t, n] = row_weight[t] * x_scale[t] * sum over k of q[e, n, k] * scale[e, n, k / group] * x[t, k] for the rows t of
 // each expert e. The weights are packed (w4afp8.packed).
@@ -33,27 +35,32 @@ struct W4AFP8GroupedGemm {
   int64_t max_rows;             // of one expert, where `counts` is used
   int64_t experts, n, k;
   int64_t expected_rows;        // of a busy expert: chooses the tile, never the result
-  int32_t group;                // 128 or 32 inputs share a weight scale
-  int32_t full_range;           // codes may be -8 (7 operations to convert 8 codes instead of 3)
+  int32_t weight_type;          // INT4 or FP8
+  int32_t group;                // inputs that share a weight scale: 128, or 32 where full_range
+  int32_t full_range;           // int4 codes may be -8 (7 operations to convert 8 codes instead of 3)
   int32_t token_group;          // granularity of x_scales
   int32_t epilogue;             // PLAIN, or SWIGLU: rows of the weight are 8 gate, 8 up, in turn
   int32_t y_type;               // BF16 or F32
+  int32_t early_start;          // offsets or counts are older than the stream's previous kernel: weights come meanwhile
   int32_t device;
   void* stream;
 };
 
-// values[t, i] = e4m3(x[t, i] / scale[t]), scale[t] = amax / 448; see w4afp8.quantize_tokens.
+// values[t, i] = e4m3(v[t, i] / scale[t]), scale[t] = amax / 448; see w4afp8.quantize_tokens. v is x, or
+// SiLU(gate) * up in float32 where x holds both.
 struct W4AFP8Quantize {
-  const void* x;                // [rows, k] of x_type, 16-byte aligned
+  const void* x;                // [rows, k], or [rows, 2 * k] of gate and up, of x_type, 16-byte aligned
   const int64_t* num_rows;      // on the device: rows that count, or null for all
   void* values;                 // [rows, k] e4m3
   float* scales;                // [rows] or [rows, k / 128]
   uint8_t* non_finite;          // [rows] 0 or 1, or null
   int64_t rows, k;
-  int32_t x_type;
+  int32_t x_type;               // BF16, F16 or F32; not F16 for gate and up
   int32_t token_group;
   int32_t device;
   void* stream;
+  int32_t activation;           // AS_IS; or gate and up: k and k (HALVES), 8 and 8 in turn (INTERLEAVED)
+  int32_t nan_scales;           // a row with NaN or Inf gets scales NaN instead of 0; its values are 0 either way
 };
 
 W4AFP8_API int32_t w4afp8_abi_version(void);

@@ -1,0 +1,9 @@
+#include "grouped_gemm.cuh"
+
+namespace w4afp8 {
+
+Launch int4_launch(Choice choice) {
+  return launch_for<Format<Codes::kInt4, 1>>(choice);
+}
+
+}  // namespace w4afp8
