@@ -23,7 +23,9 @@ class Config(BaseModel):
     layers: str | None = Field(None, description="Layers to serve, such as 3-60 or 3,5,7-9; default: every MoE layer.")
 
     ranks: int | None = Field(None, ge=1, le=1024, description="Ranks, one per GPU; default: all GPUs, or 2 on CPU.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where a GPU is visible.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes cuda where GPUs of compute capability 9.0 and the kernel library are there."
+    )
     exchange: Literal["auto", "deepep", "nccl", "gloo", "local"] = Field(
         "auto", description="How tokens move between ranks; auto: local for one rank, gloo on CPU, deepep on GPUs."
     )
@@ -41,6 +43,15 @@ class Config(BaseModel):
     admin_token_file: Path | None = Field(None, description="File with the bearer token of POST /v1/drain.")
 
     max_step_tokens: int = Field(8192, ge=1, le=1 << 20, description="Rows of one step at most.")
+    max_rank_tokens: int = Field(
+        4096, ge=1, le=1 << 20, description="Rows a GPU rank forwards at once at most; steps with more go in chunks."
+    )
+    max_graph_tokens: int = Field(
+        512, ge=0, le=1 << 20, description="Up to this many rows per GPU rank a step runs as a CUDA graph; 0: never."
+    )
+    phase_sample_steps: int = Field(
+        16, ge=0, le=1 << 20, description="GPU ranks time the phases of one step in this many; 0: of none."
+    )
     max_step_requests: int = Field(256, ge=1, le=256, description="Requests of one step at most.")
     max_wait_us: int = Field(200, ge=0, le=1_000_000, description="Longest wait for more requests of the same layer.")
     max_request_tokens: int = Field(4096, ge=1, le=1 << 20, description="Rows of one request at most.")

@@ -83,8 +83,7 @@ class Engine:
 
     def _on_message(self, channel: AsyncChannel, message: Message, fds: list[int]) -> None:
         if isinstance(message, FrontHello) and len(fds) == 1:
-            self._fronts.add(channel, message, fds.pop())
-            channel.send(self._status)
+            self._add_front(channel, message, fds)
         elif isinstance(message, RankHello):
             self._add_rank(channel, message)
         elif isinstance(message, ForwardRequest) and channel in self._fronts:
@@ -97,8 +96,7 @@ class Engine:
             self._collect(message)
         else:
             log.warning("unexpected %s: hanging up", type(message).__name__)
-            channel.close()
-            self._on_close(channel)
+            self._hang_up_on(channel)
         for fd in fds:
             os.close(fd)
         self._pump()
@@ -112,6 +110,20 @@ class Engine:
         if member is not None:
             self._rank_gone(*member)
         self._pump()
+
+    def _hang_up_on(self, channel: AsyncChannel) -> None:
+        channel.close()
+        self._on_close(channel)
+
+    def _add_front(self, channel: AsyncChannel, hello: FrontHello, fds: list[int]) -> None:
+        """Take a front end in, and its slab's descriptor out of `fds`."""
+        found, announced = os.fstat(fds[0]).st_size, hello.slab_bytes
+        if found < announced:  # a rank that touched what is missing would be killed
+            log.warning("a front end announced a slab of %d bytes that has %d: hanging up", announced, found)
+            self._hang_up_on(channel)
+        else:
+            self._fronts.add(channel, hello, fds.pop())
+            channel.send(self._status)
 
     def _add_rank(self, channel: AsyncChannel, hello: RankHello) -> None:
         rank = hello.info.rank

@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from moe_forward import __version__, logs
-from moe_forward.config import load_config, parse_layers
+from moe_forward.config import Config, load_config, parse_layers
 from moe_forward.errors import MoEForwardError
 from moe_forward.runtime_folder import runtime_folder
+
+if TYPE_CHECKING:
+    from moe_forward.memory_plan import MemoryPlan
+    from moe_forward.types import ModelSpec
 
 # Each command imports what it needs when it runs: Ray and uvicorn take seconds, and only `serve` needs them.
 
@@ -55,11 +61,28 @@ def _quantize(options: dict[str, object]) -> None:
 def _inspect(options: dict[str, object]) -> None:
     from moe_forward import checkpoint
 
-    folder, ranks, layers = options["folder"], options["ranks"], options["layers"]
+    folder, ranks, layers, device = (options[name] for name in ("folder", "ranks", "layers", "device"))
     assert isinstance(folder, Path)
     assert isinstance(ranks, int)
-    available = checkpoint.read_spec(folder).layers
-    print(checkpoint.inspect(folder, ranks, parse_layers(layers if isinstance(layers, str) else None, available)))
+    spec = checkpoint.read_spec(folder)
+    chosen = parse_layers(layers if isinstance(layers, str) else None, spec.layers)
+    print(checkpoint.inspect(folder, ranks, chosen))
+    if isinstance(device, str):
+        print(f"\n{_memory_plan(replace(spec, layers=chosen), ranks, device, options)}")
+
+
+def _memory_plan(spec: ModelSpec, ranks: int, device: str, options: dict[str, object]) -> MemoryPlan:
+    """Plan with what `serve` would choose on a host that has everything, and the configuration's defaults."""
+    from moe_forward import memory_plan
+
+    exchange, step_tokens = options["exchange"], options["max_step_tokens"]
+    assert isinstance(step_tokens, int)
+    if not isinstance(exchange, str):
+        exchange = "local" if ranks == 1 else "gloo" if device == "cpu" else "deepep"
+    experts = "reference" if device == "cpu" else "cutlass"
+    defaults = Config()
+    max_tokens = min(-(-step_tokens // ranks), defaults.max_rank_tokens)
+    return memory_plan.plan(spec, ranks, exchange, experts, max_tokens, defaults.activation_scale)
 
 
 def _make_model(options: dict[str, object]) -> None:
@@ -107,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("folder", type=Path, metavar="DIR")
     inspect.add_argument("--ranks", type=int, default=1, metavar="N")
     inspect.add_argument("--layers", metavar="3-60", help="default: every MoE layer")
+    inspect.add_argument("--device", choices=("cpu", "cuda"), help="also print the memory a rank would take there")
+    inspect.add_argument("--exchange", choices=("deepep", "nccl", "gloo", "local"), help="default: deepep on cuda")
+    inspect.add_argument("--max-step-tokens", type=int, default=Config().max_step_tokens, metavar="N", help="as served")
 
     make_model = commands.add_parser("make-model", help="write a checkpoint with random but realistic weights")
     make_model.set_defaults(run=_make_model)

@@ -115,7 +115,8 @@ _REQUEST = struct.Struct("<IQiIdBB")
 _REQUEST_BYTES = _REQUEST.size + 5 * _REF.size
 _RESULT = struct.Struct("<IQidddII?")
 _STEP = struct.Struct("<QIi")
-_STEP_RESULT = struct.Struct(f"<QII{len(PHASES)}dQQI")
+_STEP_RESULT = struct.Struct(f"<QII?{len(PHASES)}dQQI")
+_UNTIMED = (0.0,) * len(PHASES)
 _REPORT = struct.Struct("<iIIII")
 _COUNT = struct.Struct("<I")
 
@@ -180,16 +181,18 @@ def _unpack_step(data: memoryview) -> Step:
 
 def _pack_step_result(m: StepResult) -> bytes:
     counts = (m.routed_rows, m.requantized_tokens, len(m.non_finite))
-    head = _STEP_RESULT.pack(m.step, m.generation, m.rank, *m.phase_seconds, *counts)
+    timed = bool(m.phase_seconds)
+    head = _STEP_RESULT.pack(m.step, m.generation, m.rank, timed, *(m.phase_seconds or _UNTIMED), *counts)
     return head + struct.pack(f"<{len(m.non_finite)}I", *m.non_finite) + m.error.encode()
 
 
 def _unpack_step_result(data: memoryview) -> StepResult:
-    step, generation, rank, *rest = _STEP_RESULT.unpack_from(data)
+    step, generation, rank, timed, *rest = _STEP_RESULT.unpack_from(data)
     *phases, routed, requantized, count = rest
     indexes = struct.unpack_from(f"<{count}I", data, _STEP_RESULT.size)
     error = bytes(data[_STEP_RESULT.size + 4 * count :]).decode()
-    return StepResult(step, generation, rank, tuple(phases), routed, requantized, indexes, error)
+    phase_seconds = tuple(phases) if timed else ()
+    return StepResult(step, generation, rank, phase_seconds, routed, requantized, indexes, error)
 
 
 def _pack_report(m: StepReport) -> bytes:

@@ -136,6 +136,7 @@ class Metrics:
             "expert_load_imbalance_ratio", "Rows of the busiest rank over the mean, in the layer's last step.", "layer"
         )
         self._placement = gauge("placement_generation", "Number of the current rank group.")
+        self._gpu_memory = gauge("gpu_memory_bytes", "Memory of a rank's GPU when it became ready.", "rank", "kind")
         self._load_seconds = gauge("weights_load_duration_seconds", "Time a rank took to load its shard.", "rank")
         self._startup_seconds = gauge(
             "startup_duration_seconds", "From the start of the front end until the rank was first ready.", "rank"
@@ -182,7 +183,8 @@ class Metrics:
         self._queue_requests.labels(model).set(report.queue_requests)
         self._queue_tokens.labels(model).set(report.queue_tokens)
         for result in report.results:
-            for phase, seconds in zip(PHASES, result.phase_seconds, strict=True):
+            timed = PHASES if result.phase_seconds else ()
+            for phase, seconds in zip(timed, result.phase_seconds, strict=True):
                 if seconds > 0:  # a phase that did not happen (say, routing that the client did) is no observation
                     self._phase_seconds.labels(model, result.rank, phase).observe(seconds)
             self._rank_tokens.labels(result.rank).inc(result.routed_rows)
@@ -204,6 +206,10 @@ class Metrics:
             self._restarts[rank] = status.restarts
             if ready:
                 self._load_seconds.labels(rank).set(info.load_seconds)
+            if ready and info.free_bytes:
+                kinds = {"weights": info.memory_bytes, "buffers": info.buffer_bytes, "free": info.free_bytes}
+                for kind, nbytes in kinds.items():
+                    self._gpu_memory.labels(rank, kind).set(nbytes)
             if ready and rank not in self._started_ranks:
                 self._started_ranks.add(rank)
                 # a rank that was up before this front end made it wait no time at all

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import selectors
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moe_forward.batcher import BatchLimits
 from moe_forward.channel import listen
+from moe_forward.devices import cuda_index
 from moe_forward.engine import run_engine
 from moe_forward.errors import StartError
 from moe_forward.link import EngineLink
 from moe_forward.messages import Announce
-from moe_forward.rank_process import RankSetup, run_rank
+from moe_forward.rank_process import run_rank
+from moe_forward.rank_setup import RankSetup
 from moe_forward.types import EngineStatus
 
 log = logging.getLogger(__name__)
@@ -48,11 +51,16 @@ class PoolSetup:
     start_timeout_seconds: float
 
 
-def start_ray(ranks: int) -> None:
-    """Start a Ray of our own, without dashboard; `runtime_folder` made its token and keeps it on loopback."""
+def start_ray(ranks: int, device: str) -> None:
+    """Start a Ray of our own, without dashboard; `runtime_folder` made its token and keeps it on loopback.
+
+    device: cpu or cuda; on cuda each rank has a GPU of its own and sees the others, to reach their memory.
+    """
+    os.environ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"  # read by the processes that Ray starts
     ray.init(
         address="local",
         num_cpus=ranks + 1,  # places for actors, not cores
+        num_gpus=ranks if device == "cuda" else 0,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.WARNING,
@@ -80,6 +88,9 @@ class RankProcess:
 
     def run(self, setup: RankSetup) -> None:
         """Serve steps until the engine hangs up or this process is killed."""
+        if setup.device == "cuda":
+            (gpu,) = ray.get_gpu_ids()
+            setup = replace(setup, device=f"cuda:{cuda_index(str(gpu), os.environ.get('CUDA_VISIBLE_DEVICES'))}")
         run_rank(setup)
 
 
@@ -114,7 +125,8 @@ class Supervisor:
 
         Raises: StartError with the reason when a rank or the engine fails, or at the start deadline.
         """
-        bundles = [{"CPU": 1.0}] * (self._setup.rank.ranks + 1)
+        a_rank = {"CPU": 1.0, "GPU": 1.0} if self._setup.rank.device == "cuda" else {"CPU": 1.0}
+        bundles = [{"CPU": 1.0}, *[a_rank] * self._setup.rank.ranks]
         self._group = placement_group(bundles, strategy="PACK")
         deadline = asyncio.get_running_loop().time() + self._setup.start_timeout_seconds
         self._start_engine()
@@ -167,7 +179,8 @@ class Supervisor:
                 generation=self._generation,
                 rendezvous=self._setup.runtime_folder / f"group-{self._generation}",
             )
-            actor = RankActor.options(scheduling_strategy=self._place(rank + 1)).remote()
+            gpus = 1 if setup.device == "cuda" else 0
+            actor = RankActor.options(num_gpus=gpus, scheduling_strategy=self._place(rank + 1)).remote()
             self._ranks.append(actor)
             self._runs.append(asyncio.wrap_future(actor.run.remote(setup).future()))
 

@@ -1,27 +1,31 @@
-"""One rank: it holds a shard of the experts and does its part of every step."""
+"""One rank: it holds a shard of the experts and does its part of every step, on a CPU or a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 import w4afp8
-from moe_forward import gates
-from moe_forward.checkpoint import LayerWeights
-from moe_forward.exchange import Exchange
 from moe_forward.experts import Experts
-from moe_forward.slab_rows import Segment, read_segments, write_segments
-from moe_forward.stopwatch import Stopwatch
-from moe_forward.types import SCALE_GROUP, ActivationScale, ModelSpec, Routing, Step, StepResult
-from w4afp8 import Quantized, portable
+from moe_forward.graphed_router import GraphedRouter
+from moe_forward.graphs import GraphedForward
+from moe_forward.layer_forward import LayerForward
+from moe_forward.router import Router
+from moe_forward.slab_rows import Run, Segment, read_runs, to_host, wait, write_runs
+from moe_forward.stopwatch import Clock
+from moe_forward.types import ModelSpec, Routing, Step, StepResult
+from w4afp8 import Quantized
 
 
 class Rank:
     """A step of one rank, without the process around it.
 
-    rank, ranks: place in the group. layers: gate weights of every served layer (experts are `experts`' business).
+    rank, ranks: place in the group. spec: the model.
+    router: chooses experts for tokens that come without. experts: whose `quantize` makes tokens fp8.
+    forward: the layer over all ranks, as it is or as graphs; its shape says where this rank computes.
+    start_clock: makes the clock of a step by its number.
     """
 
     def __init__(
@@ -29,130 +33,142 @@ class Rank:
         rank: int,
         ranks: int,
         spec: ModelSpec,
-        layers: Mapping[int, LayerWeights],
-        exchange: Exchange,
+        router: Router | GraphedRouter,
         experts: Experts,
-        activation_scale: ActivationScale,
+        forward: LayerForward | GraphedForward,
+        start_clock: Callable[[int], Clock],
     ) -> None:
         self._rank = rank
         self._ranks = ranks
         self._spec = spec
-        self._layers = layers
-        self._exchange = exchange
+        self._router = router
         self._experts = experts
-        self._activation_scale = activation_scale
+        self._forward = forward
+        self._shape = forward.shape
+        self._start_clock = start_clock
 
     def step(self, step: Step, slabs: Mapping[int, Tensor]) -> StepResult:
         """Read this rank's rows, forward them with all other ranks, write the outputs.
 
         slabs: front end -> its memory as [bytes] uint8. Collective: every rank of the group is in the same step.
         """
-        clock = Stopwatch()
+        clock = self._start_clock(step.step)
         with clock("host_copy"):
-            segments = read_segments(step, self._rank, self._ranks, slabs)
+            runs = read_runs(step, self._rank, self._ranks, slabs, self._shape.device)
         with clock("quantize"):
-            tokens, bad_tokens, requantized_tokens = self._quantize(segments)
+            tokens, bad_tokens, requantized_tokens = self._quantize(runs)
         with clock("route"):
-            topk_ids, topk_weights, bad_routes = self._route(step.layer, segments)
-        with clock("dispatch"):
-            received = self._exchange.dispatch(tokens, topk_ids, topk_weights)
-        rows = self._experts.forward(step.layer, received.rows, received.offsets, received.weights, clock)
-        with clock("combine"):
-            output = self._exchange.combine(rows, received.handle)
-        with clock("shared_experts"):
-            self._add_shared_experts(step.layer, tokens, segments, output)
+            topk_ids, topk_weights, bad_routes = self._route(step.layer, runs)
+        routed_rows = torch.zeros(1, dtype=torch.int64, device=self._shape.device)
+        output = self._forward.forward(
+            step.layer,
+            tokens,
+            topk_ids,
+            topk_weights,
+            self._wanting_shared(runs),
+            clock,
+            most_tokens=-(-step.tokens // self._ranks),
+            routed_rows=routed_rows,
+        )
         with clock("host_copy"):
-            write_segments(output, segments, slabs)
+            write_runs(output, runs, slabs)
+            bad_rows, routed = to_host(bad_tokens | bad_routes), to_host(routed_rows)
+        wait(self._shape.device)
         return StepResult(
             step.step,
             step.generation,
             self._rank,
             clock.phase_seconds,
-            routed_rows=len(rows),
+            routed_rows=int(routed),
             requantized_tokens=requantized_tokens,
-            non_finite=_requests_with(bad_tokens | bad_routes, segments),
+            non_finite=_requests_with(bad_rows, [segment for run in runs for segment in run.segments]),
         )
 
     def warm_up(self) -> None:
-        """Forward a few random tokens through every layer, so that the first request pays for no first call."""
-        generator = torch.Generator().manual_seed(self._rank)
-        for layer in self._spec.layers:
-            hidden = torch.randn(2, self._spec.hidden_size, generator=generator)
-            tokens, _ = w4afp8.quantize_tokens(hidden, self._activation_scale)
-            topk_ids, topk_weights = self._gate(layer, self._logits(layer, hidden))
-            received = self._exchange.dispatch(tokens, topk_ids, topk_weights)
-            rows = self._experts.forward(layer, received.rows, received.offsets, received.weights, Stopwatch())
-            self._exchange.combine(rows, received.handle)
+        """Do everything a first step would pay for; collective."""
+        self._router.warm_up()
+        self._forward.warm_up(self._spec.layers)
 
-    def _quantize(self, segments: list[Segment]) -> tuple[Quantized, Tensor, int]:
+    def close(self) -> None:
+        """Leave the group, with every other rank."""
+        self._forward.close()
+
+    def _quantize(self, runs: list[Run]) -> tuple[Quantized, Tensor, int]:
         """Return ([T, H] fp8 with scales, [T] bool rows with NaN or Inf, rows that came with the other granularity)."""
-        columns = 1 if self._activation_scale == "token" else self._spec.hidden_size // SCALE_GROUP
-        values = [torch.empty(0, self._spec.hidden_size, dtype=torch.float8_e4m3fn)]
-        scales = [torch.empty(0, columns)]
-        bad = [torch.empty(0, dtype=torch.bool)]
+        shape = self._shape
+        values = [torch.empty(0, shape.hidden_size, dtype=torch.uint8, device=shape.device)]
+        scales = [torch.empty(0, shape.scale_columns, device=shape.device)]
+        bad = [torch.empty(0, dtype=torch.bool, device=shape.device)]
         requantized_tokens = 0
-        for segment in segments:
-            if segment.hidden_scales is None:
-                tokens, non_finite = w4afp8.quantize_tokens(segment.hidden, self._activation_scale)
+        for run in runs:
+            if run.hidden_scales is None:
+                tokens, non_finite = self._experts.quantize(run.hidden)
             else:
-                received = Quantized(segment.hidden, segment.hidden_scales)
+                received = Quantized(run.hidden, run.hidden_scales)
                 non_finite = w4afp8.check_quantized(received)
                 tokens = w4afp8.zero_rows(received, non_finite)
-                if segment.hidden_scales.shape[1] != columns:
-                    tokens = w4afp8.requantize(tokens, self._activation_scale)
-                    requantized_tokens += segment.tokens
-            values.append(tokens.values)
+                if run.hidden_scales.shape[1] != shape.scale_columns:
+                    tokens = self._requantize(tokens)
+                    requantized_tokens += run.tokens
+            values.append(tokens.values.view(torch.uint8))
             scales.append(tokens.scales)
             bad.append(non_finite)
-        joined = torch.cat([part.view(torch.uint8) for part in values]).view(torch.float8_e4m3fn)
-        return Quantized(joined, torch.cat(scales)), torch.cat(bad), requantized_tokens
+        joined = Quantized(_joined(values).view(torch.float8_e4m3fn), _joined(scales))
+        return joined, _joined(bad), requantized_tokens
 
-    def _route(self, layer: int, segments: list[Segment]) -> tuple[Tensor, Tensor, Tensor]:
+    def _requantize(self, tokens: Quantized) -> Quantized:
+        """Give fp8 tokens this service's granularity; a token that exceeds float32 gets NaN scales."""
+        quantized, overflowed = self._experts.quantize(w4afp8.dequantize_tokens(tokens))
+        return Quantized(quantized.values, quantized.scales.masked_fill(overflowed.unsqueeze(1), torch.nan))
+
+    def _route(self, layer: int, runs: list[Run]) -> tuple[Tensor, Tensor, Tensor]:
         """Return ([T, K] int64 expert ids, [T, K] float32 weights, [T] bool rows whose logits are not finite)."""
-        ids = [torch.empty(0, self._spec.top_k, dtype=torch.int64)]
-        weights = [torch.empty(0, self._spec.top_k)]
-        bad = [torch.empty(0, dtype=torch.bool)]
-        for segment in segments:
-            if segment.request.routing == Routing.TOPK:
-                assert segment.chosen is not None
-                assert segment.weights is not None
-                chosen, weighted = segment.chosen.long(), segment.weights
-                bad.append(torch.zeros(segment.tokens, dtype=torch.bool))
+        shape = self._shape
+        ids = [torch.empty(0, shape.top_k, dtype=torch.int64, device=shape.device)]
+        weights = [torch.empty(0, shape.top_k, device=shape.device)]
+        bad = [torch.empty(0, dtype=torch.bool, device=shape.device)]
+        for run in runs:
+            if run.segments[0].request.routing == Routing.TOPK:
+                assert run.chosen is not None
+                assert run.weights is not None
+                ids.append(run.chosen.long())
+                weights.append(run.weights)
+                bad.append(torch.zeros(run.tokens, dtype=torch.bool, device=shape.device))
             else:
-                logits = self._logits_of(layer, segment)
-                chosen, weighted = self._gate(layer, logits)
-                bad.append(~torch.isfinite(logits).all(1))
-            ids.append(chosen)
-            weights.append(weighted)
-        return torch.cat(ids), torch.cat(weights), torch.cat(bad)
+                if run.chosen is not None:
+                    routes = self._router.by_logits(layer, run.chosen.float())
+                else:
+                    routes = self._router.by_hidden(layer, _floats(run))
+                ids.append(routes.ids)
+                weights.append(routes.weights)
+                bad.append(routes.non_finite)
+        return _joined(ids), _joined(weights), _joined(bad)
 
-    def _logits_of(self, layer: int, segment: Segment) -> Tensor:
-        if segment.chosen is not None:
-            return segment.chosen.float()
-        if segment.hidden_scales is None:
-            return self._logits(layer, segment.hidden.float())
-        return self._logits(layer, w4afp8.dequantize_tokens(Quantized(segment.hidden, segment.hidden_scales)))
-
-    def _logits(self, layer: int, hidden: Tensor) -> Tensor:
-        return portable.linear(hidden, self._layers[layer].gate_weight)
-
-    def _gate(self, layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return gates.choose(self._spec.gate, self._spec.top_k, logits, self._layers[layer].gate_bias)
-
-    def _add_shared_experts(self, layer: int, tokens: Quantized, segments: list[Segment], output: Tensor) -> None:
-        """Add the shared experts' output to the rows of requests that want it, in place."""
-        if self._spec.shared_intermediate_size == 0:
-            return
-        wanted = _spread([segment.request.shared_experts for segment in segments], segments)
-        if bool(wanted.any()):
-            values = tokens.values.view(torch.uint8)[wanted].view(torch.float8_e4m3fn)
-            output[wanted] += self._experts.shared(layer, Quantized(values, tokens.scales[wanted]))
+    def _wanting_shared(self, runs: list[Run]) -> Tensor | None:
+        """Return [T] bool: rows whose request wants the shared experts' output; None where no row gets it."""
+        segments = [segment for run in runs for segment in run.segments]
+        if not self._shape.shared or not any(segment.request.shared_experts for segment in segments):
+            return None
+        # Filled on the device: a tensor made on the host would be waited for on its way there.
+        wanting = torch.zeros(sum(run.tokens for run in runs), dtype=torch.bool, device=self._shape.device)
+        row = 0
+        for segment in segments:
+            if segment.request.shared_experts:
+                wanting[row : row + segment.tokens].fill_(True)
+            row += segment.tokens
+        return wanting
 
 
-def _spread(flags: list[bool], segments: list[Segment]) -> Tensor:
-    """Repeat one flag for each of its segment's rows."""
-    lengths = torch.tensor([segment.tokens for segment in segments], dtype=torch.int64)
-    return torch.repeat_interleave(torch.tensor(flags, dtype=torch.bool), lengths)
+def _floats(run: Run) -> Tensor:
+    """Return the hidden states [n, H] float32 that a run stands for."""
+    if run.hidden_scales is None:
+        return run.hidden.float()
+    return w4afp8.dequantize_tokens(Quantized(run.hidden, run.hidden_scales))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Join the runs' rows. parts: an empty tensor of the right type, then one a run, mostly a single one."""
+    return parts[1] if len(parts) == 2 else torch.cat(parts)
 
 
 def _requests_with(bad_rows: Tensor, segments: list[Segment]) -> tuple[int, ...]:

@@ -7,117 +7,103 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_forward import checkpoint, exchange, experts
+from moe_forward import checkpoint, experts, memory_plan
 from moe_forward.channel import BlockingChannel, connect
 from moe_forward.errors import ChannelClosed, StartError
+from moe_forward.exchange import gpu_checks
+from moe_forward.exchange.deadline import deadline
+from moe_forward.experts import Experts
 from moe_forward.messages import AttachSlab, DetachSlab, Message, RankHello
 from moe_forward.rank import Rank
-from moe_forward.slab_rows import attach
-from moe_forward.types import PHASES, ActivationScale, ModelSpec, RankInfo, Step, StepResult, expert_range
+from moe_forward.rank_setup import RankSetup, join_group
+from moe_forward.router import Router
+from moe_forward.slab_rows import attach, detach
+from moe_forward.types import RankInfo, Step, StepResult, expert_range
 
 log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 60.0
 JOIN_POLL_SECONDS = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class RankSetup:
-    """Everything a rank's process is told at its start.
-
-    folder: the checkpoint. socket_path: where the engine listens. rendezvous: the group's meeting file.
-    exchange, experts: names as resolved, never `auto`. threads: for torch. step_timeout_seconds: of one collective.
-    """
-
-    rank: int
-    ranks: int
-    generation: int
-    folder: Path
-    spec: ModelSpec
-    socket_path: Path
-    rendezvous: Path
-    exchange: str
-    experts: str
-    activation_scale: ActivationScale
-    threads: int
-    step_timeout_seconds: float
+FREE_MEMORY_SECONDS = 30.0
+"""How long the driver may take to give back the GPU memory of a rank that was killed."""
 
 
 def run_rank(setup: RankSetup) -> None:
     """Serve steps until the engine hangs up.
 
-    Raises: CheckpointError or StartError when the shard cannot be loaded; whatever broke a step, after telling the
-    engine, since the group's collectives cannot go on without this rank.
+    Raises: CheckpointError or StartError when the shard cannot be loaded or does not fit; whatever broke a step, after
+    telling the engine, since the group's collectives cannot go on without this rank.
     """
-    # Gloo listens on the address of the host's name unless told otherwise: keep to loopback on one host.
+    # Gloo and NCCL listen on the address of the host's name unless told otherwise: keep to loopback on one host.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     torch.set_num_threads(setup.threads)
+    device = torch.device(setup.device)
+    if device.type == "cuda":
+        gpu_checks.use_device(device)
+        check_memory(setup)
     started = time.monotonic()
+    experts.check(setup.experts, device)
     mine = expert_range(setup.rank, setup.ranks, setup.spec.num_experts)
-    layers = _load(setup, mine)
-    group = exchange.create(
-        setup.exchange,
-        exchange.Place(setup.rank, setup.ranks, setup.spec.num_experts, setup.rendezvous, setup.step_timeout_seconds),
-    )
-    local_experts = experts.create(
-        setup.experts,
-        {layer: experts.LayerExperts(weights.experts, weights.shared) for layer, weights in layers.items()},
-        setup.activation_scale,
-    )
-    rank = Rank(setup.rank, setup.ranks, setup.spec, layers, group, local_experts, setup.activation_scale)
-    rank.warm_up()
+    local_experts, router, weight_bytes = _load(setup, mine, device)
+    with deadline(setup.start_timeout_seconds, f"rank {setup.rank}: joining its group and warming up"):
+        rank = join_group(setup, router, local_experts)
+        rank.warm_up()
     info = RankInfo(
         setup.rank,
         "ready",
         time.time(),
         pid=os.getpid(),
         node=socket.gethostname(),
-        device="cpu",
+        device=setup.device,
         experts=(mine.start, mine.stop),
-        memory_bytes=sum(weights.nbytes for weights in layers.values()),
+        memory_bytes=weight_bytes,
         load_seconds=time.monotonic() - started,
+        **_gpu_memory(device, weight_bytes),
     )
-    hello = RankHello(setup.generation, info, group.name, setup.experts)
+    hello = RankHello(setup.generation, info, setup.exchange, setup.experts)
     try:
-        channel, message, fds = _join(setup, hello)
+        channel, message, fds = _meet_engine(setup, hello)
         with contextlib.closing(channel):
             _serve(channel, message, fds, rank, setup)
     except ChannelClosed:
         log.info("rank %d: the engine hung up", setup.rank)
-    finally:
-        group.close()
+    # Not after an error: a broken step leaves collectives unfinished, and leaving the group would wait for them.
+    rank.close()
 
 
-def _join(setup: RankSetup, hello: RankHello) -> tuple[BlockingChannel, Message, list[int]]:
-    """Say hello until the engine takes this rank in, and return the channel with the first message and descriptors.
+def check_memory(setup: RankSetup) -> None:
+    """Compare what this rank will need with what its GPU has free, before anything is loaded.
 
-    All processes start at once: the engine may not listen yet, or hang up because it has not heard of the group yet.
+    Raises: StartError with the numbers where it does not fit.
     """
-    deadline = time.monotonic() + JOIN_SECONDS
+    device = torch.device(setup.device)
+    plan = memory_plan.plan(
+        setup.spec, setup.ranks, setup.exchange, setup.experts, setup.max_tokens, setup.activation_scale
+    )
+    patience_seconds = FREE_MEMORY_SECONDS if setup.generation > 1 else 0.0
+    give_up = time.monotonic() + patience_seconds
     while True:
-        with contextlib.ExitStack() as on_failure:
-            try:
-                channel = BlockingChannel(connect(setup.socket_path))
-                on_failure.callback(channel.close)
-                channel.send(hello)
-                message, fds = channel.receive()
-            except (OSError, ChannelClosed) as error:
-                if time.monotonic() >= deadline:
-                    raise StartError(f"the engine did not take the rank in for {JOIN_SECONDS:g} s: {error}") from error
-            else:
-                on_failure.pop_all()
-                return channel, message, fds
-        time.sleep(JOIN_POLL_SECONDS)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        try:
+            plan.check(free_bytes)
+        except StartError:
+            if time.monotonic() >= give_up:
+                raise
+            time.sleep(1.0)
+        else:
+            return
 
 
-def _load(setup: RankSetup, mine: range) -> dict[int, checkpoint.LayerWeights]:
+def _load(setup: RankSetup, mine: range, device: torch.device) -> tuple[Experts, Router, int]:
+    """Bring this rank's weights to where it computes; returns experts, router and the bytes they hold."""
+    on_gpu = device.type == "cuda"
     with tqdm(
         desc=f"loading rank {setup.rank}", unit="B", unit_scale=True, mininterval=1.0, disable=setup.rank != 0
     ) as bar:
@@ -126,27 +112,73 @@ def _load(setup: RankSetup, mine: range) -> dict[int, checkpoint.LayerWeights]:
             bar.total = total_bytes
             bar.update(done_bytes - bar.n)
 
-        return checkpoint.load_shard(setup.folder, setup.spec, setup.spec.layers, mine, show)
+        # What goes to a GPU is only mapped here: bringing it over reads it.
+        layers = checkpoint.load_shard(setup.folder, setup.spec, setup.spec.layers, mine, show, read=not on_gpu)
+        held = {layer: experts.LayerExperts(weights.experts, weights.shared) for layer, weights in layers.items()}
+        local_experts = experts.create(setup.experts, held, setup.activation_scale, device, show)
+    router = Router(setup.spec, layers, device)
+    if on_gpu:
+        return local_experts, router, torch.cuda.memory_allocated(device)
+    return local_experts, router, sum(weights.nbytes for weights in layers.values())
+
+
+def _gpu_memory(device: torch.device, weight_bytes: int) -> dict[str, int]:
+    if device.type != "cuda":
+        return {}
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return {"buffer_bytes": total_bytes - free_bytes - weight_bytes, "free_bytes": free_bytes}
+
+
+def _meet_engine(setup: RankSetup, hello: RankHello) -> tuple[BlockingChannel, Message, list[int]]:
+    """Say hello until the engine takes this rank in, and return the channel with the first message and descriptors.
+
+    All processes start at once: the engine may not listen yet, or hang up because it has not heard of the group yet.
+    """
+    give_up = time.monotonic() + JOIN_SECONDS
+    while True:
+        with contextlib.ExitStack() as on_failure:
+            try:
+                channel = BlockingChannel(connect(setup.socket_path))
+                on_failure.callback(channel.close)
+                channel.send(hello)
+                message, fds = channel.receive()
+            except (OSError, ChannelClosed) as error:
+                if time.monotonic() >= give_up:
+                    raise StartError(f"the engine did not take the rank in for {JOIN_SECONDS:g} s: {error}") from error
+            else:
+                on_failure.pop_all()
+                return channel, message, fds
+        time.sleep(JOIN_POLL_SECONDS)
 
 
 def _serve(channel: BlockingChannel, message: Message, fds: list[int], rank: Rank, setup: RankSetup) -> None:
+    device = torch.device(setup.device)
     slabs: dict[int, Tensor] = {}
-    while True:
-        if isinstance(message, Step):
-            try:
-                result = rank.step(message, slabs)
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"[:2000]
-                failed = (0.0,) * len(PHASES)
-                channel.send(StepResult(message.step, message.generation, setup.rank, failed, 0, error=reason))
-                raise
-            channel.send(result)
-        elif isinstance(message, AttachSlab):
-            (fd,) = fds
-            slabs[message.front] = attach(fd, message.slab_bytes)
-            os.close(fd)
-        elif isinstance(message, DetachSlab):
-            slabs.pop(message.front, None)
-        else:
-            raise TypeError(f"the engine sent a {type(message).__name__}, which ranks do not take")
-        message, fds = channel.receive()
+    try:
+        while True:
+            if isinstance(message, Step):
+                channel.send(_step(channel, message, rank, slabs, setup.rank))
+            elif isinstance(message, AttachSlab):
+                (fd,) = fds
+                slabs[message.front] = attach(fd, message.slab_bytes, device)
+                os.close(fd)
+            elif isinstance(message, DetachSlab):
+                if message.front in slabs:
+                    detach(slabs.pop(message.front), device)
+            else:
+                raise TypeError(f"the engine sent a {type(message).__name__}, which ranks do not take")
+            message, fds = channel.receive()
+    except ChannelClosed:
+        for slab in slabs.values():
+            detach(slab, device)
+        raise
+
+
+def _step(channel: BlockingChannel, step: Step, rank: Rank, slabs: Mapping[int, Tensor], number: int) -> StepResult:
+    """Do a step; what breaks it is told to the engine before it ends this process."""
+    try:
+        return rank.step(step, slabs)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:2000]
+        channel.send(StepResult(step.step, step.generation, number, (), 0, error=reason))
+        raise

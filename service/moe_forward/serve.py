@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry, start_http_server
 
-from moe_forward import checkpoint, exchange, experts
+from moe_forward import checkpoint, devices, exchange, experts, memory_plan
 from moe_forward.api import create_app
 from moe_forward.batcher import BatchLimits
 from moe_forward.config import Config, parse_layers
@@ -26,13 +25,12 @@ from moe_forward.errors import ConfigError, StartError
 from moe_forward.link import EngineLink
 from moe_forward.metrics import Metrics
 from moe_forward.pool import PoolSetup, Supervisor, start_ray, stop_ray
-from moe_forward.rank_process import RankSetup
+from moe_forward.rank_setup import RankSetup
 from moe_forward.slab import Slab
 from moe_forward.types import EngineStatus, ModelSpec
 
 log = logging.getLogger(__name__)
 
-DEFAULT_CPU_RANKS = 2
 DRAIN_POLL_SECONDS = 0.02
 BACKLOG_CONNECTIONS = 2048
 
@@ -54,7 +52,7 @@ def serve(config: Config, runtime_folder: Path) -> None:
     log.debug("%s", description)
     registry = CollectorRegistry()
     with _listening(config.host, config.port) as listener, _metrics(config, registry) as metrics_port:
-        start_ray(setup.rank.ranks)
+        start_ray(setup.rank.ranks, setup.rank.device)
         try:
             uvloop.run(_serve(config, spec, setup, listener, metrics_port, Metrics(registry), admin_token))
         finally:
@@ -139,8 +137,8 @@ async def _until_answered(link: EngineLink, timeout_seconds: float) -> None:
 
 def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: Path) -> PoolSetup:
     """Resolve every `auto` and say what was chosen."""
-    device = _choose_device(config.device)
-    ranks = config.ranks or DEFAULT_CPU_RANKS
+    device = devices.choose(config.device, kernels=config.experts != "reference")
+    ranks = devices.choose_ranks(config.ranks, device)
     if ranks > spec.num_experts:
         raise ConfigError(f"ranks: {ranks} ranks cannot share {spec.num_experts} experts")
     exchange_name = exchange.choose(config.exchange, ranks, device)
@@ -152,10 +150,15 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         "%d ranks on %s with %d threads each, exchange %s, experts %s",
         *(ranks, device, threads, exchange_name, experts_name),
     )
+    max_tokens = min(-(-config.max_step_tokens // ranks), config.max_rank_tokens)
+    plan = memory_plan.plan(spec, ranks, exchange_name, experts_name, max_tokens, config.activation_scale)
+    for line in str(plan).splitlines():
+        log.info("%s", line)
     rank = RankSetup(
         rank=0,
         ranks=ranks,
         generation=0,
+        device=device,
         folder=folder,
         spec=spec,
         socket_path=runtime_folder / "engine.sock",
@@ -164,7 +167,11 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         experts=experts_name,
         activation_scale=config.activation_scale,
         threads=threads,
+        max_tokens=max_tokens,
+        max_graph_tokens=config.max_graph_tokens,
+        phase_sample_steps=config.phase_sample_steps,
         step_timeout_seconds=config.step_timeout_seconds,
+        start_timeout_seconds=config.start_timeout_seconds,
     )
     limits = BatchLimits(
         config.max_step_tokens,
@@ -174,15 +181,6 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         config.max_queue_tokens,
     )
     return PoolSetup(rank, limits, runtime_folder, config.max_rank_restarts, config.start_timeout_seconds)
-
-
-def _choose_device(device: str) -> str:
-    """Resolve the device; ranks of this version compute on CPU, which is said where a GPU is idle."""
-    if device == "cuda":
-        raise StartError("device cuda: ranks do not compute on GPUs in this version; use --device cpu")
-    if device == "auto" and torch.cuda.is_available():
-        log.warning("GPUs are visible, but ranks do not compute on them in this version: serving on CPU")
-    return "cpu"
 
 
 def _also_tell(link: EngineLink, supervisor: Supervisor) -> None:

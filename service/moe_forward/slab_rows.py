@@ -1,15 +1,25 @@
-"""A rank's rows of a step: read out of the front ends' slabs, and the outputs written back into them."""
+"""A rank's rows of a step: read out of the front ends' slabs, and the outputs written back into them.
+
+On a GPU, a slab is registered with CUDA once, so that copies run beside the host; they are asynchronous in both
+directions, and `wait` ends the step.
+"""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from moe_forward.errors import StartError
 from moe_forward.slab import map_slab
 from moe_forward.types import DType, ForwardRequest, Step, TensorRef, token_range
+
+log = logging.getLogger(__name__)
 
 _TORCH = {
     DType.BF16: torch.bfloat16,
@@ -19,6 +29,7 @@ _TORCH = {
     DType.I32: torch.int32,
     DType.I64: torch.int64,
 }
+_INPUTS = ("hidden", "hidden_scales", "chosen", "weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,66 +37,142 @@ class Segment:
     """The part of one request that this rank reads, routes and answers.
 
     index: of the request in its step. first, tokens: rows [first, first + tokens) of the request.
-    hidden: [tokens, H] in the request's type. hidden_scales: [tokens, 1 or H/128] float32 for fp8, else None.
-    chosen: expert ids or router logits or None. weights: [tokens, K] float32 or None.
     """
 
     index: int
     request: ForwardRequest
     first: int
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive segments whose tensors have the same types, read as one.
+
+    segments: in row order. first: where their rows start among this rank's rows.
+    hidden: [n, H] in the requests' type. hidden_scales: [n, 1 or H/128] float32 for fp8, else None.
+    chosen: expert ids or router logits or None. weights: [n, K] float32 or None.
+    """
+
+    segments: tuple[Segment, ...]
+    first: int
     hidden: Tensor
     hidden_scales: Tensor | None
     chosen: Tensor | None
     weights: Tensor | None
 
+    @property
+    def tokens(self) -> int:
+        """Rows of all segments."""
+        return self.hidden.shape[0]
 
-def attach(fd: int, slab_bytes: int) -> Tensor:
-    """Map a front end's slab as a tensor [slab_bytes] uint8 that shares its memory."""
-    return torch.frombuffer(map_slab(fd, slab_bytes), dtype=torch.uint8)
+
+def attach(fd: int, slab_bytes: int, device: torch.device) -> Tensor:
+    """Map a front end's slab as a tensor [slab_bytes] uint8 that shares its memory, ready for copies to `device`.
+
+    Raises: ValueError when the file is shorter; StartError when CUDA does not take the memory.
+    """
+    memory = torch.frombuffer(map_slab(fd, slab_bytes), dtype=torch.uint8)
+    if device.type == "cuda":
+        started = time.monotonic()
+        code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), slab_bytes, 0)  # type: ignore[no-untyped-call]
+        if int(code) != 0:
+            raise StartError(
+                f"cudaHostRegister refused a slab of {slab_bytes} bytes: {_cuda_words(code)}; "
+                "copies to the GPU would be slow and synchronous without it. Lower slab_bytes, or raise the limit of "
+                "locked memory (ulimit -l) and the memory of the container"
+            )
+        log.info("registered a slab of %d bytes in %.2f s", slab_bytes, time.monotonic() - started)
+    return memory
 
 
-def read_segments(step: Step, rank: int, ranks: int, slabs: Mapping[int, Tensor]) -> list[Segment]:
-    """Copy this rank's rows of a step out of the slabs.
+def detach(memory: Tensor, device: torch.device) -> None:
+    """Undo `attach`; no copy may be under way.
+
+    Raises: StartError when CUDA does not know the memory.
+    """
+    if device.type == "cuda":
+        code = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+        if int(code) != 0:
+            raise StartError(f"cudaHostUnregister refused a slab of {len(memory)} bytes: {_cuda_words(code)}")
+
+
+def read_runs(step: Step, rank: int, ranks: int, slabs: Mapping[int, Tensor], device: torch.device) -> list[Run]:
+    """Copy this rank's rows of a step out of the slabs to `device`; on a GPU the copies are under way on return.
 
     slabs: front end -> [bytes] uint8, as `attach` returns it.
-    Returns: the segments in row order; together they are `token_range(rank, ranks, step.tokens)`.
+    Returns: the runs in row order; together they are `token_range(rank, ranks, step.tokens)`.
     """
-    return [
-        Segment(
-            index,
-            request,
-            first,
-            tokens,
-            _read(slabs[request.front], request.hidden, first, tokens),
-            _read_optional(slabs[request.front], request.hidden_scales, first, tokens),
-            _read_optional(slabs[request.front], request.chosen, first, tokens),
-            _read_optional(slabs[request.front], request.weights, first, tokens),
-        )
-        for index, request, first, tokens in _pieces(step, rank, ranks)
-    ]
+    runs: list[Run] = []
+    first = 0
+    for _, group in groupby(_segments(step, rank, ranks), key=lambda segment: _form(segment.request)):
+        segments = tuple(group)
+        hidden, *others = (_read(segments, name, slabs, device) for name in _INPUTS)
+        assert hidden is not None
+        runs.append(Run(segments, first, hidden, *others))
+        first += len(hidden)
+    return runs
 
 
-def write_segments(output: Tensor, segments: list[Segment], slabs: Mapping[int, Tensor]) -> None:
-    """Write each segment's rows of `output` [T, H] float32 to where its request wants them, in its float type."""
-    row = 0
-    for segment in segments:
-        ref = segment.request.output
-        rows = output[row : row + segment.tokens].to(_TORCH[ref.dtype])
-        window = _window(slabs[segment.request.front], ref, segment.first, segment.tokens)
-        window.copy_(rows.view(torch.uint8).flatten())
-        row += segment.tokens
+def write_runs(output: Tensor, runs: list[Run], slabs: Mapping[int, Tensor]) -> None:
+    """Write each request's rows of `output` [T, H] to where it wants them, in its float type.
+
+    On a GPU the copies are under way on return.
+    """
+    for run in runs:
+        rows = output[run.first : run.first + run.tokens].to(_TORCH[run.segments[0].request.output.dtype])
+        data = rows.contiguous().view(torch.uint8)
+        row = 0
+        for segment in run.segments:
+            window = _window(slabs[segment.request.front], segment.request.output, segment.first, segment.tokens)
+            window.copy_(data[row : row + segment.tokens].flatten(), non_blocking=True)
+            row += segment.tokens
 
 
-def _pieces(step: Step, rank: int, ranks: int) -> Iterator[tuple[int, ForwardRequest, int, int]]:
+def to_host(tensor: Tensor) -> Tensor:
+    """Bring a small tensor to the host; it can be read after `wait`."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def wait(device: torch.device) -> None:
+    """Wait until everything that was started on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _segments(step: Step, rank: int, ranks: int) -> Iterator[Segment]:
     mine = token_range(rank, ranks, step.tokens)
     start = 0
     for index, request in enumerate(step.requests):
         first = max(mine.start - start, 0)
         last = min(mine.stop - start, request.tokens)
         if first < last:
-            yield index, request, first, last - first
+            yield Segment(index, request, first, last - first)
         start += request.tokens
+
+
+def _form(request: ForwardRequest) -> tuple[object, ...]:
+    """What requests of one run have in common: the type and width of each tensor, and who routes."""
+    refs = (request.hidden, request.hidden_scales, request.chosen, request.weights, request.output)
+    return (request.routing, *(ref and (ref.dtype, ref.columns) for ref in refs))
+
+
+def _read(segments: tuple[Segment, ...], name: str, slabs: Mapping[int, Tensor], device: torch.device) -> Tensor | None:
+    refs = [getattr(segment.request, name) for segment in segments]
+    ref: TensorRef | None = refs[0]
+    if ref is None:
+        return None
+    # Whole rows of bytes into new memory: aligned, which a tensor inside a request body need not be.
+    tokens = sum(segment.tokens for segment in segments)
+    data = torch.empty(tokens, ref.columns * ref.dtype.itemsize, dtype=torch.uint8, device=device)
+    row = 0
+    for segment, here in zip(segments, refs, strict=True):
+        window = _window(slabs[segment.request.front], here, segment.first, segment.tokens)
+        data[row : row + segment.tokens].view(-1).copy_(window, non_blocking=True)
+        row += segment.tokens
+    return data.view(_TORCH[ref.dtype])
 
 
 def _window(slab: Tensor, ref: TensorRef, first: int, tokens: int) -> Tensor:
@@ -93,10 +180,6 @@ def _window(slab: Tensor, ref: TensorRef, first: int, tokens: int) -> Tensor:
     return slab[ref.offset + first * row_bytes : ref.offset + (first + tokens) * row_bytes]
 
 
-def _read(slab: Tensor, ref: TensorRef, first: int, tokens: int) -> Tensor:
-    # The copy is aligned, which a tensor inside a request body need not be.
-    return _window(slab, ref, first, tokens).clone().view(_TORCH[ref.dtype]).view(tokens, ref.columns)
-
-
-def _read_optional(slab: Tensor, ref: TensorRef | None, first: int, tokens: int) -> Tensor | None:
-    return None if ref is None else _read(slab, ref, first, tokens)
+def _cuda_words(code: object) -> str:
+    words: str = torch.cuda.cudart().cudaGetErrorString(code)  # type: ignore[no-untyped-call]
+    return words

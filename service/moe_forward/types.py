@@ -149,7 +149,8 @@ class Step:
 class StepResult:
     """What one rank reports of one step.
 
-    phase_seconds: one figure for each of `PHASES`.
+    phase_seconds: one figure for each of `PHASES`; empty where this rank did not time the step (GPU ranks time one in
+        `phase_sample_steps`).
     routed_rows: rows this rank's experts computed.
     requantized_tokens: fp8 rows that came with the other granularity.
     non_finite: indexes into `Step.requests` of requests with NaN or Inf in the rows this rank read.
@@ -171,7 +172,8 @@ class RankInfo:
     """A rank as `GET /v1/ranks` and `/v1/placement` show it.
 
     state: starting, ready or lost. since: Unix time of the last change of state.
-    experts: ids [first, last) of every layer it holds. memory_bytes: weights it holds.
+    device: cpu or cuda:0 and so on. experts: ids [first, last) of every layer it holds. memory_bytes: weights it holds.
+    buffer_bytes, free_bytes: of its GPU once it is warm, what is taken beside the weights and what is left; 0 on CPU.
     """
 
     rank: int
@@ -182,6 +184,8 @@ class RankInfo:
     device: str = ""
     experts: tuple[int, int] = (0, 0)
     memory_bytes: int = 0
+    buffer_bytes: int = 0
+    free_bytes: int = 0
     load_seconds: float = 0.0
 
 

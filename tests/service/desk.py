@@ -21,9 +21,9 @@ TORCH = {
 class Desk:
     """A slab to lay tensors into, one after the other, at odd addresses."""
 
-    def __init__(self) -> None:
-        self.slab = Slab(8 << 20)
-        self.memory = attach(self.slab.fd, self.slab.nbytes)
+    def __init__(self, nbytes: int = 8 << 20) -> None:
+        self.slab = Slab(nbytes)
+        self.memory = attach(self.slab.fd, self.slab.nbytes, torch.device("cpu"))
         self._end = 1
 
     def put(self, tensor: torch.Tensor, dtype: DType) -> TensorRef:

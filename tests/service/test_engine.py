@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ import pytest
 from moe_forward.batcher import BatchLimits
 from moe_forward.channel import connect
 from moe_forward.errors import ErrorCode
-from moe_forward.messages import Announce, Cancel, DetachSlab, Message, Released, pack
+from moe_forward.messages import Announce, Cancel, DetachSlab, FrontHello, Message, Released, pack
+from moe_forward.slab import Slab
 from moe_forward.types import PHASES, Step, StepResult
 
 if TYPE_CHECKING:
@@ -259,6 +261,20 @@ async def test_a_stranger_that_says_the_wrong_thing_is_hung_up_on(pool: Pool, me
         assert await asyncio.to_thread(sock.recv, 1024) == b""
     assert front.link.status.generation == 1
     assert (await front.forward(front.request())).code is None
+
+
+async def test_a_front_end_that_announces_more_memory_than_it_has_is_hung_up_on_and_harms_no_rank(pool: Pool) -> None:
+    front = await pool.start(None)
+    small = Slab(1 << 16)
+    inode = os.fstat(small.fd).st_ino
+    before = open_files(inode)
+    with connect(pool.path) as sock:
+        socket.send_fds(sock, [pack(FrontHello(small.nbytes + 1))], [small.fd])
+        assert await asyncio.to_thread(sock.recv, 1024) == b""
+    await front.until(lambda: open_files(inode) == before)
+    small.close()
+    assert (await front.forward(front.request())).code is None
+    assert list(pool.ranks[0].slabs) == [0]
 
 
 async def test_the_engine_lets_go_of_a_gone_front_ends_memory(pool: Pool) -> None:

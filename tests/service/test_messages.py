@@ -79,7 +79,7 @@ STEP_RESULTS = st.builds(
     step=U64,
     generation=U32,
     rank=U32,
-    phase_seconds=st.tuples(*[SECONDS] * len(PHASES)),
+    phase_seconds=st.just(()) | st.tuples(*[SECONDS] * len(PHASES)),
     routed_rows=U64,
     requantized_tokens=U64,
     non_finite=st.lists(U32, max_size=5).map(tuple),
@@ -104,6 +104,8 @@ INFOS = st.builds(
     device=TEXT,
     experts=st.tuples(U32, U32),
     memory_bytes=U64,
+    buffer_bytes=U64,
+    free_bytes=U64,
     load_seconds=SECONDS,
 )
 STATUSES = st.builds(

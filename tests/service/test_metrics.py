@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +34,7 @@ EXPECTED = {
     "placement_generation": ("gauge", set()),
     "weights_load_duration_seconds": ("gauge", {"rank"}),
     "startup_duration_seconds": ("gauge", {"rank"}),
+    "gpu_memory_bytes": ("gauge", {"rank", "kind"}),
     "build_info": ("gauge", {"version", "torch", "ray", "backend", "kernel"}),
     "requantized_tokens_total": ("counter", {"model"}),
 }
@@ -72,7 +74,8 @@ def feed(metrics: Metrics) -> None:
     metrics.request_finished(record)
     metrics.rejected(ErrorCode.QUEUE_FULL)
     metrics.step_finished("tiny", report(1, 2))
-    metrics.status_changed(EngineStatus(True, ranks=(rank_info(0),), backend="gloo", kernel="reference"))
+    ranks = (replace(rank_info(0), device="cuda:0", memory_bytes=70, buffer_bytes=20, free_bytes=10),)
+    metrics.status_changed(EngineStatus(True, ranks=ranks, backend="gloo", kernel="reference"))
 
 
 def test_every_series_is_exposed_with_exactly_the_documented_type_and_labels(series: Series) -> None:
@@ -179,6 +182,24 @@ def test_a_phase_that_did_not_happen_is_no_observation(series: Series) -> None:
     assert series.value("phase_duration_seconds_count", model="tiny", rank=0, phase=PHASES[0]) is None
     assert series.value("phase_duration_seconds_count", model="tiny", rank=0, phase=PHASES[1]) == 1
     assert series.value("expert_load_imbalance_ratio", layer=1) is None  # no rows, no ratio
+
+
+def test_a_step_that_a_rank_did_not_time_adds_no_phases_but_everything_else(series: Series) -> None:
+    results = (StepResult(1, 1, 0, (), 12), StepResult(1, 1, 1, (), 4))
+    series.metrics.step_finished("tiny", StepReport(1, 2, 1, 0, 0, results))
+    for rank in (0, 1):
+        for phase in PHASES:
+            assert series.value("phase_duration_seconds_count", model="tiny", rank=rank, phase=phase) is None
+    assert series.value("rank_tokens_total", rank=0) == 12
+    assert series.value("batch_tokens_sum", model="tiny") == 2
+
+
+def test_gpu_memory_is_shown_by_kind_and_not_for_cpu_ranks(series: Series) -> None:
+    on_gpu = replace(rank_info(1), device="cuda:1", memory_bytes=70, buffer_bytes=20, free_bytes=10)
+    series.metrics.status_changed(EngineStatus(True, ranks=(replace(rank_info(0), memory_bytes=70), on_gpu)))
+    shown = {kind: series.value("gpu_memory_bytes", rank=1, kind=kind) for kind in ("weights", "buffers", "free")}
+    assert shown == {"weights": 70, "buffers": 20, "free": 10}
+    assert series.value("gpu_memory_bytes", rank=0, kind="weights") is None
 
 
 def test_status_feeds_ranks_and_generation(series: Series) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 import pytest
 import torch
 
-from moe_forward import experts, gates
+from moe_forward import gates
 from moe_forward.checkpoint import LayerWeights
 from moe_forward.exchange.local import LocalExchange
 from moe_forward.messages import pack, unpack
@@ -42,6 +42,7 @@ from w4afp8 import (
 
 from .desk import TORCH
 from .desk import Desk as LaidOut
+from .make_rank import make_rank, without_bias
 
 H, I, E, K = 256, 128, 7, 3  # noqa: E741
 LAYER = 3
@@ -141,17 +142,19 @@ class Desk(LaidOut):
         data = self.slab.view(ref.offset, rows * H * ref.dtype.itemsize)
         return torch.frombuffer(bytearray(data), dtype=TORCH[ref.dtype]).view(rows, H)
 
-    def run(self, *sent: Sent, granularity: ActivationScale = "token", layer: int = LAYER) -> StepResult:
+    def run(
+        self, *sent: Sent, granularity: ActivationScale = "token", layer: int = LAYER, pads: bool = False
+    ) -> StepResult:
         step = Step(0, 1, layer, tuple(item.request for item in sent))
-        return lone_rank(granularity).step(step, {0: self.memory})
+        return lone_rank(granularity, pads=pads).step(step, {0: self.memory})
 
 
-def lone_rank(granularity: ActivationScale, spec: ModelSpec = SPEC) -> Rank:
-    softmax = spec.gate.kind == "softmax"
-    layers = {layer: replace(weights, gate_bias=None) if softmax else weights for layer, weights in LAYERS.items()}
-    local = {layer: experts.LayerExperts(weights.experts, weights.shared) for layer, weights in layers.items()}
-    backend = experts.create("reference", local, granularity)
-    return Rank(0, 1, spec, layers, LocalExchange(E), backend, granularity)
+def lone_rank(granularity: ActivationScale, spec: ModelSpec = SPEC, pads: bool = False) -> Rank:
+    layers = without_bias(LAYERS) if spec.gate.kind == "softmax" else LAYERS
+    rank = make_rank(0, 1, spec, layers, LocalExchange(E, pads=pads), granularity)
+    if pads:
+        rank.warm_up()
+    return rank
 
 
 def choose_at_random(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -362,12 +365,50 @@ def test_bits_are_the_same_alone_together_and_in_any_order(desk: Desk, granulari
             assert same_bits(desk.output(sent), desk.output(alone[index])), f"request {index} in order {order}"
 
 
-def run_group(
-    folder: Path, desk: Desk, jobs: Sequence[tuple[int, ActivationScale, list[Step]]]
-) -> list[list[list[StepResult]]]:
-    """Run steps on gloo groups in other processes; returns results by job, step and rank."""
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_padding_chunks_and_replays_change_no_bits(desk: Desk, granularity: ActivationScale) -> None:
+    expected = traffic(desk)
+    for sent in expected:
+        desk.run(sent, granularity=granularity)
+    rank = lone_rank(granularity, pads=True)
+    for order in ([0], [1], [3], [4, 0], [0, 1, 2, 3, 4], [2], [0]):  # of 1 to 18 rows; 6 go at once, up to 4 replayed
+        sent_again = [desk.again(expected[index]) for index in order]
+        result = rank.step(Step(0, 1, LAYER, tuple(item.request for item in sent_again)), {0: desk.memory})
+        assert result.routed_rows == K * sum(item.request.tokens for item in sent_again)
+        for index, sent in zip(order, sent_again, strict=True):
+            assert same_bits(desk.output(sent), desk.output(expected[index])), f"request {index} in order {order}"
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "fp8 nan", "scale inf", "logits nan", "server nan"])
+def test_nan_stays_alone_in_a_padded_step_and_in_the_next(desk: Desk, how: Spoiler) -> None:
+    fine = desk.send(random(3, H, seed=31), routing=Routing.SERVER)
+    desk.run(fine)
+    rank = lone_rank("token", pads=True)
+    for step, with_bad in enumerate((True, False)):
+        again = desk.again(fine)
+        requests = (again.request, spoiled(desk, how).request) if with_bad else (again.request,)
+        result = rank.step(Step(step, 1, LAYER, requests), {0: desk.memory})
+        assert result.non_finite == ((1,) if with_bad else ())
+        assert same_bits(desk.output(again), desk.output(fine))
+
+
+def test_layers_take_turns_in_replayed_steps(desk: Desk) -> None:
+    sent = [desk.send(random(2, H, seed=61), routing=Routing.SERVER) for _ in range(4)]
+    rank = lone_rank("token", pads=True)
+    for number, item in enumerate(sent):
+        rank.step(Step(number, 1, SPEC.layers[number % 2], (item.request,)), {0: desk.memory})
+    assert same_bits(desk.output(sent[0]), desk.output(sent[2]))
+    assert same_bits(desk.output(sent[1]), desk.output(sent[3]))
+    assert not same_bits(desk.output(sent[0]), desk.output(sent[1]))
+
+
+Job = tuple[int, str, ActivationScale, list[Step]]
+
+
+def run_group(folder: Path, desk: Desk, jobs: Sequence[Job]) -> list[list[list[StepResult]]]:
+    """Run steps on groups (ranks, exchange, granularity, steps) in other processes; returns by job, step and rank."""
     os.set_inheritable(desk.slab.fd, True)
-    packed = [(ranks, granularity, [pack(step) for step in steps]) for ranks, granularity, steps in jobs]
+    packed = [(ranks, name, granularity, [pack(step) for step in steps]) for ranks, name, granularity, steps in jobs]
     work = {"slab": (desk.slab.fd, desk.slab.nbytes), "spec": SPEC, "layers": LAYERS, "jobs": packed}
     torch.save(work, folder / "jobs.pt")
     program = Path(__file__).with_name("rank_group.py")
@@ -379,14 +420,35 @@ def run_group(
         env=environment,
         pass_fds=[desk.slab.fd],
     )
-    loaded = [torch.load(folder / f"rank-{rank}.pt") for rank in range(max(ranks for ranks, _, _ in jobs))]
+    loaded = [torch.load(folder / f"rank-{rank}.pt") for rank in range(max(job[0] for job in jobs))]
     results: list[list[list[StepResult]]] = []
-    for number, (ranks, _, steps) in enumerate(jobs):
+    for number, (ranks, _, _, steps) in enumerate(jobs):
         results.append([])
         for index in range(len(steps)):
             words = [unpack(memoryview(loaded[rank][number][index])) for rank in range(ranks)]
             results[-1].append([word for word in words if isinstance(word, StepResult)])
     return results
+
+
+def steps_of(batches: Sequence[Sequence[Sent]]) -> list[Step]:
+    return [Step(n, 1, LAYER, tuple(sent.request for sent in batch)) for n, batch in enumerate(batches)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_bits_are_the_same_alone_and_together_on_ranks_that_pad(desk: Desk, tmp_path: Path, ranks: int) -> None:
+    alone = traffic(desk)
+    together, turned = ([desk.again(item) for item in alone] for _ in range(2))
+    single = desk.again(alone[0])
+    batches = [*([item] for item in alone), together, turned[::-1], [single]]
+    (results,) = run_group(tmp_path, desk, [(ranks, "nccl", "token", steps_of(batches))])
+    for got, wanted in zip([*together, *turned, single], [*alone, *alone, alone[0]], strict=True):
+        assert same_bits(desk.output(got), desk.output(wanted))
+    assert sum(word.routed_rows for word in results[len(alone)]) == 18 * K
+    server = alone[1]
+    logits = portable.linear(server.hidden, LAYERS[LAYER].gate_weight)
+    server.ids, server.weights = gates.choose(SPEC.gate, K, logits, LAYERS[LAYER].gate_bias)
+    for sent in (alone[0], server):
+        assert error(desk.output(sent), oracle(sent, "token")) < LAYER_TOLERANCE
 
 
 def test_bits_are_the_same_on_one_two_and_three_ranks(desk: Desk, tmp_path: Path) -> None:
@@ -401,10 +463,7 @@ def test_bits_are_the_same_on_one_two_and_three_ranks(desk: Desk, tmp_path: Path
             single = [desk.again(sent[0])]  # one token: most ranks have no rows
             with_bad = [desk.again(item) for item in (sent[3], bad, sent[1])]
             tasks.append((ranks, granularity, [together, single, with_bad]))
-    jobs = [
-        (ranks, granularity, [Step(n, 1, LAYER, tuple(s.request for s in step)) for n, step in enumerate(steps)])
-        for ranks, granularity, steps in tasks
-    ]
+    jobs = [(ranks, "gloo", granularity, steps_of(steps)) for ranks, granularity, steps in tasks]
     results = run_group(tmp_path, desk, jobs)
     for (ranks, granularity, (together, single, with_bad)), words in zip(tasks, results, strict=True):
         where = f"{granularity} on {ranks} ranks"

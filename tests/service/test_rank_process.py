@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 
 from moe_forward.channel import BlockingChannel, listen
 from moe_forward.checkpoint import make_model, read_spec
+from moe_forward.errors import StartError
 from moe_forward.messages import AttachSlab, Cancel, DetachSlab, RankHello, pack
-from moe_forward.rank_process import RankSetup, run_rank
+from moe_forward.rank_process import check_memory, run_rank
+from moe_forward.rank_setup import RankSetup
 from moe_forward.slab import Slab
 from moe_forward.types import DType, ForwardRequest, Routing, Step, StepResult, TensorRef
 
@@ -62,13 +65,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def engine(folder: Path, socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineSide]:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    threads = torch.get_num_threads()
-    setup = RankSetup(
+def setup(folder: Path, socket_folder: Path) -> RankSetup:
+    return RankSetup(
         rank=0,
         ranks=1,
         generation=4,
+        device="cpu",
         folder=folder,
         spec=read_spec(folder),
         socket_path=socket_folder / "engine.sock",
@@ -77,8 +79,19 @@ def engine(folder: Path, socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         experts="reference",
         activation_scale="token",
         threads=1,
+        max_tokens=64,
+        max_graph_tokens=16,
+        phase_sample_steps=1,
         step_timeout_seconds=10.0,
+        start_timeout_seconds=HANG_SECONDS,
     )
+
+
+@pytest.fixture
+def engine(setup: RankSetup, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineSide]:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    threads = torch.get_num_threads()
     made = EngineSide(setup)
     yield made
     made.close()
@@ -141,6 +154,7 @@ def test_what_breaks_a_step_is_told_before_the_rank_ends(engine: EngineSide, fol
     result = engine.step(step_of(3, spec.hidden_size, spec.layers[0]))
     assert (result.step, result.generation, result.rank) == (3, 4, 0)
     assert result.error == "KeyError: 7"
+    assert result.phase_seconds == ()
     engine.join()
     assert isinstance(engine.error, KeyError)
 
@@ -151,3 +165,39 @@ def test_a_message_that_is_not_for_ranks_ends_the_rank(engine: EngineSide) -> No
     engine.join()
     assert isinstance(engine.error, TypeError)
     assert "the engine sent a Cancel" in str(engine.error)
+
+
+class Gpu:
+    """A GPU's free memory, each time it is asked for, and the seconds slept meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *free_bytes: int) -> None:
+        self.free_bytes = list(free_bytes)
+        self.now = 0.0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free_bytes.pop(0), 1 << 40))
+        monkeypatch.setattr("moe_forward.rank_process.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("moe_forward.rank_process.time.sleep", self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def on_gpu(setup: RankSetup, generation: int) -> RankSetup:
+    return replace(setup, device="cuda:0", experts="cutlass", generation=generation)
+
+
+def test_a_rank_that_does_not_fit_its_gpu_is_refused_at_once(setup: RankSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch, 1 << 20)
+    with pytest.raises(StartError, match=r"the GPU has 0\.00 GB free"):
+        check_memory(on_gpu(setup, generation=1))
+    assert gpu.now == 0
+
+
+def test_a_new_group_waits_for_the_memory_of_the_one_that_was_killed(
+    setup: RankSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(monkeypatch, 1 << 20, 1 << 20, 1 << 40)
+    check_memory(on_gpu(setup, generation=2))
+    assert gpu.now == 2.0
+    Gpu(monkeypatch, *[1 << 20] * 100)
+    with pytest.raises(StartError, match="free"):
+        check_memory(on_gpu(setup, generation=2))

@@ -8,13 +8,34 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moe_forward.slab_rows import Segment, attach, read_segments, write_segments
+from moe_forward.errors import StartError
+from moe_forward.slab_rows import Run, attach, detach, read_runs, write_runs
 from moe_forward.types import DType, ForwardRequest, Routing, Step, token_range
 
 from .desk import TORCH, Desk
 
 HIDDEN = 128
 TOP_K = 2
+CPU = torch.device("cpu")
+
+
+class Cudart:
+    """What `attach` and `detach` call of CUDA; it takes memory unless it is told to refuse."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.registered[address] = nbytes
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.registered[address]
+        return self.code
+
+    def cudaGetErrorString(self, code: int) -> str:
+        return f"words for {code}"
 
 
 @pytest.fixture
@@ -45,14 +66,30 @@ def test_ranks_read_every_row_once_in_order(desk: Desk, ranks: int, sizes: tuple
     requests = tuple(request_of(desk, numbered(start, size)) for start, size in zip(starts, sizes, strict=True))
     step = Step(0, 1, 3, requests)
     for rank in range(ranks):
-        segments = read_segments(step, rank, ranks, {0: desk.memory})
-        rows = [int(value) for segment in segments for value in segment.hidden[:, 0]]
+        runs = read_runs(step, rank, ranks, {0: desk.memory}, CPU)
+        assert len(runs) <= 1, "requests of one form are read as one"
+        rows = [int(value) for run in runs for value in run.hidden[:, 0]]
         assert rows == list(token_range(rank, ranks, sum(sizes)))
-        for segment in segments:
-            assert segment.request is requests[segment.index]
-            assert segment.hidden.shape == (segment.tokens, HIDDEN)
-            assert int(segment.hidden[0, 0]) == starts[segment.index] + segment.first
-            assert segment.tokens > 0
+        for run in runs:
+            assert run.first == 0
+            assert run.hidden.shape == (run.tokens, HIDDEN)
+            row = 0
+            for segment in run.segments:
+                assert segment.request is requests[segment.index]
+                assert segment.tokens > 0
+                assert int(run.hidden[row, 0]) == starts[segment.index] + segment.first
+                row += segment.tokens
+            assert row == run.tokens
+
+
+def test_requests_of_another_form_begin_another_run(desk: Desk) -> None:
+    forms = [DType.F32, DType.F32, DType.BF16, DType.F16, DType.F16, DType.F32]
+    requests = tuple(request_of(desk, numbered(2 * index, 2), dtype) for index, dtype in enumerate(forms))
+    runs = read_runs(Step(0, 1, 3, requests), 0, 1, {0: desk.memory}, CPU)
+    assert [[segment.index for segment in run.segments] for run in runs] == [[0, 1], [2], [3, 4], [5]]
+    assert [run.first for run in runs] == [0, 4, 6, 10]
+    assert [run.hidden.dtype for run in runs] == [TORCH[forms[index]] for index in (0, 2, 3, 5)]
+    assert [int(row) for run in runs for row in run.hidden[:, 0]] == list(range(12))
 
 
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32, DType.F8_E4M3])
@@ -60,10 +97,10 @@ def test_any_element_type_is_read_exactly_from_an_odd_address(desk: Desk, dtype:
     hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)).to(TORCH[dtype])
     request = request_of(desk, hidden, dtype)
     assert request.hidden.offset % 2 == 1
-    (segment,) = read_segments(Step(0, 1, 3, (request,)), 1, 2, {0: desk.memory})
-    assert segment.hidden.dtype == TORCH[dtype]
-    assert (segment.first, segment.tokens) == (2, 3)
-    assert torch.equal(segment.hidden.view(torch.uint8), hidden[2:].view(torch.uint8))
+    (run,) = read_runs(Step(0, 1, 3, (request,)), 1, 2, {0: desk.memory}, CPU)
+    assert run.hidden.dtype == TORCH[dtype]
+    assert [(segment.first, segment.tokens) for segment in run.segments] == [(2, 3)]
+    assert torch.equal(run.hidden.view(torch.uint8), hidden[2:].view(torch.uint8))
 
 
 @pytest.mark.parametrize("ids", [DType.I32, DType.I64])
@@ -86,23 +123,23 @@ def test_scales_ids_and_weights_are_cut_to_the_same_rows(desk: Desk, ids: DType)
         desk.put(weights, DType.F32),
         desk.reserve(tokens, HIDDEN, DType.BF16),
     )
-    (segment,) = read_segments(Step(0, 1, 3, (request,)), 1, 3, {0: desk.memory})
+    (run,) = read_runs(Step(0, 1, 3, (request,)), 1, 3, {0: desk.memory}, CPU)
     mine = token_range(1, 3, tokens)
     rows = slice(mine.start, mine.stop)
-    assert segment.hidden_scales is not None
-    assert segment.chosen is not None
-    assert segment.weights is not None
-    assert torch.equal(segment.hidden_scales, scales[rows])
-    assert segment.chosen.dtype == TORCH[ids]
-    assert torch.equal(segment.chosen.long(), chosen[rows])
-    assert torch.equal(segment.weights, weights[rows])
+    assert run.hidden_scales is not None
+    assert run.chosen is not None
+    assert run.weights is not None
+    assert torch.equal(run.hidden_scales, scales[rows])
+    assert run.chosen.dtype == TORCH[ids]
+    assert torch.equal(run.chosen.long(), chosen[rows])
+    assert torch.equal(run.weights, weights[rows])
 
 
 def test_what_was_read_no_longer_changes_with_the_slab(desk: Desk) -> None:
     request = request_of(desk, numbered(1, 2))
-    (segment,) = read_segments(Step(0, 1, 3, (request,)), 0, 1, {0: desk.memory})
+    (run,) = read_runs(Step(0, 1, 3, (request,)), 0, 1, {0: desk.memory}, CPU)
     desk.memory.zero_()
-    assert segment.hidden[0, 0] == 1.0
+    assert run.hidden[0, 0] == 1.0
 
 
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32])
@@ -121,19 +158,29 @@ def test_outputs_of_all_ranks_lie_where_their_requests_want_them_and_nowhere_els
         expected[request.output.offset : request.output.offset + len(data)] = data
     for rank in reversed(range(ranks)):
         mine = token_range(rank, ranks, sum(sizes))
-        segments = read_segments(step, rank, ranks, {0: desk.memory})
-        write_segments(output[mine.start : mine.stop], segments, {0: desk.memory})
+        runs = read_runs(step, rank, ranks, {0: desk.memory}, CPU)
+        write_runs(output[mine.start : mine.stop], runs, {0: desk.memory})
     assert torch.equal(desk.memory, expected)
     assert torch.equal(desk.get(requests[2].output, 5), rows[2].to(TORCH[dtype]))
+
+
+def test_requests_of_several_types_get_their_outputs_in_their_own(desk: Desk) -> None:
+    forms = [DType.BF16, DType.F32, DType.F16, DType.F16]
+    requests = tuple(request_of(desk, numbered(0, 2), dtype) for dtype in forms)
+    runs = read_runs(Step(0, 1, 3, requests), 0, 1, {0: desk.memory}, CPU)
+    output = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(5))
+    write_runs(output, runs, {0: desk.memory})
+    for index, (request, dtype) in enumerate(zip(requests, forms, strict=True)):
+        assert torch.equal(desk.get(request.output, 2), output[2 * index : 2 * index + 2].to(TORCH[dtype]))
 
 
 def test_requests_of_two_front_ends_use_their_own_slabs() -> None:
     desks = Desk(), Desk()
     requests = tuple(request_of(desks[front], numbered(10 * front, 2), front=front) for front in (0, 1))
     slabs = {front: desks[front].memory for front in (0, 1)}
-    segments = read_segments(Step(0, 1, 3, requests), 0, 1, slabs)
-    assert [float(segment.hidden[0, 0]) for segment in segments] == [0.0, 10.0]
-    write_segments(numbered(100, 4), segments, slabs)
+    runs = read_runs(Step(0, 1, 3, requests), 0, 1, slabs, CPU)
+    assert [float(row) for run in runs for row in run.hidden[:, 0]] == [0.0, 1.0, 10.0, 11.0]
+    write_runs(numbered(100, 4), runs, slabs)
     written = [desks[front].get(requests[front].output, 2)[:, 0].tolist() for front in (0, 1)]
     assert written == [[100.0, 101.0], [102.0, 103.0]]
     for desk in desks:
@@ -142,16 +189,16 @@ def test_requests_of_two_front_ends_use_their_own_slabs() -> None:
 
 def test_a_rank_without_rows_reads_and_writes_nothing(desk: Desk) -> None:
     step = Step(0, 1, 3, (request_of(desk, numbered(0, 1)),))
-    segments: list[Segment] = read_segments(step, 0, 3, {0: desk.memory})
-    assert segments == []
+    runs: list[Run] = read_runs(step, 0, 3, {0: desk.memory}, CPU)
+    assert runs == []
     before = desk.memory.clone()
-    write_segments(torch.empty(0, HIDDEN), segments, {0: desk.memory})
+    write_runs(torch.empty(0, HIDDEN), runs, {0: desk.memory})
     assert torch.equal(desk.memory, before)
 
 
 def test_an_attached_slab_outlives_its_descriptor(desk: Desk) -> None:
     fd = os.dup(desk.slab.fd)
-    memory = attach(fd, desk.slab.nbytes)
+    memory = attach(fd, desk.slab.nbytes, CPU)
     os.close(fd)
     memory[5] = 77
     assert desk.slab.view(5, 1)[0] == 77
@@ -159,4 +206,24 @@ def test_an_attached_slab_outlives_its_descriptor(desk: Desk) -> None:
 
 def test_attaching_more_than_there_is_raises(desk: Desk) -> None:
     with pytest.raises(ValueError, match="were announced"):
-        attach(desk.slab.fd, desk.slab.nbytes + 1)
+        attach(desk.slab.fd, desk.slab.nbytes + 1, CPU)
+
+
+def test_for_a_gpu_a_slab_is_registered_once_and_let_go(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = Cudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    memory = attach(desk.slab.fd, desk.slab.nbytes, torch.device("cuda:1"))
+    assert cudart.registered == {memory.data_ptr(): desk.slab.nbytes}
+    detach(memory, torch.device("cuda:1"))
+    assert cudart.registered == {}
+
+
+def test_memory_that_cuda_refuses_is_an_error_with_its_words(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(code=2))
+    with pytest.raises(StartError, match=rf"slab of {desk.slab.nbytes} bytes: words for 2; .* slab_bytes"):
+        attach(desk.slab.fd, desk.slab.nbytes, torch.device("cuda"))
+
+
+def test_on_a_cpu_nothing_is_registered(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cuda, "cudart")
+    detach(attach(desk.slab.fd, desk.slab.nbytes, CPU), CPU)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+from moe_forward.checkpoint.expected import Part
+from moe_forward.checkpoint.index import TensorInfo
 from moe_forward.checkpoint.layout import BLOCK, GROUP_SIZE
-from moe_forward.checkpoint.load import MappedFiles
+from moe_forward.checkpoint.mapped import MappedFiles
 from moe_forward.checkpoint.plan import Conversion
 from moe_forward.errors import CheckpointError
 from w4afp8 import Fp8BlockWeight, dequantize_fp8_block, quantize_fp8_block, quantize_int4
@@ -20,24 +24,37 @@ def convert(files: MappedFiles, conversion: Conversion) -> tuple[torch.Tensor, .
     Returns: tensors in the order of `conversion.entries`.
     Raises: CheckpointError naming the tensor for NaN or Inf in it.
     """
-    tensor = files.tensor(conversion.source)
     if conversion.to == "copy":
-        return (tensor,)
-    if conversion.expert is not None and conversion.rows is not None:
-        first, last = conversion.rows
-        tensor = tensor[conversion.expert, first:last]
-    scales = None if conversion.scales is None else files.tensor(conversion.scales)
+        return (files.tensor(conversion.source),)
+    return quantize_matrix(files, conversion.to, conversion.source, conversion.scales, conversion.part)
+
+
+def quantize_matrix(
+    files: MappedFiles, to: Literal["int4", "fp8"], source: TensorInfo, scales: TensorInfo | None, part: Part | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix, strip by strip.
+
+    to: int4 with group scales, or fp8 with block scales. source, scales: float, or fp8 with block scales.
+    part: where `source` is fused.
+    Returns: codes or values, and scales, as `quantize_int4` or `quantize_fp8_block` makes them of the whole.
+    Raises: CheckpointError naming the tensor for NaN or Inf in it.
+    """
+    tensor = files.tensor(source)
+    if part is not None:
+        tensor = tensor[part.expert, part.first : part.last]
+    source_scales = None if scales is None else files.tensor(scales)
     # Rows in whole blocks: neither int4 groups nor fp8 blocks cross such a strip, so the result is that of the whole.
     height = max(BLOCK, STRIP_ELEMENTS // tensor.shape[1] // BLOCK * BLOCK)
-    strips: list[tuple[torch.Tensor, ...]] = []
+    strips: list[tuple[torch.Tensor, torch.Tensor]] = []
     for row in range(0, tensor.shape[0], height):
         strip = tensor[row : row + height]
-        if scales is not None:
-            blocks = scales[row // BLOCK : (row + height) // BLOCK]
+        if source_scales is not None:
+            blocks = source_scales[row // BLOCK : (row + height) // BLOCK]
             # bf16 in between, as the writer of the published checkpoint does
             strip = dequantize_fp8_block(Fp8BlockWeight(strip, blocks), torch.bfloat16)
         try:
-            strips.append(quantize_int4(strip, GROUP_SIZE) if conversion.to == "int4" else quantize_fp8_block(strip))
+            strips.append(quantize_int4(strip, GROUP_SIZE) if to == "int4" else quantize_fp8_block(strip))
         except ValueError as error:
-            raise CheckpointError(f"{conversion.source}: {error}") from error
-    return tuple(torch.cat(parts) for parts in zip(*strips, strict=True))
+            raise CheckpointError(f"{source}: {error}") from error
+    values, made_scales = zip(*strips, strict=True)
+    return torch.cat(values), torch.cat(made_scales)

@@ -76,6 +76,22 @@ def _qwen3_moe(config: Keys, name: str, group_size: int) -> ModelSpec:
     return _checked(config, spec)
 
 
+def _mixtral(config: Keys, name: str, group_size: int) -> ModelSpec:
+    """Softmax over the chosen experts, experts in every layer (Mixtral, arXiv 2401.04088, section 2.1)."""
+    spec = ModelSpec(
+        name=name,
+        hidden_size=config.integer("hidden_size"),
+        intermediate_size=config.integer("intermediate_size"),
+        num_experts=config.integer("num_local_experts"),
+        top_k=config.integer("num_experts_per_tok"),
+        shared_intermediate_size=0,
+        layers=tuple(range(config.integer("num_hidden_layers"))),
+        group_size=group_size,
+        gate=GateSpec(kind="softmax", normalize=True),  # the same as a softmax over the chosen logits
+    )
+    return _checked(config, spec)
+
+
 def _checked(config: Keys, spec: ModelSpec) -> ModelSpec:
     config.expect("hidden_act", "silu")
     gate = spec.gate
@@ -98,6 +114,12 @@ def _checked(config: Keys, spec: ModelSpec) -> ModelSpec:
 
 
 FAMILIES: Mapping[str, Callable[[Keys, str, int], ModelSpec]] = MappingProxyType(
-    {"deepseek_v2": _deepseek_v2, "deepseek_v3": _deepseek_v3, "qwen3_moe": _qwen3_moe}
+    {
+        "deepseek_v2": _deepseek_v2,
+        "deepseek_v3": _deepseek_v3,
+        "kimi_k2": _deepseek_v3,  # the same architecture under a name of its own
+        "mixtral": _mixtral,
+        "qwen3_moe": _qwen3_moe,
+    }
 )
 """model_type of config.json -> (config, name, group size) -> spec."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_forward.checkpoint.expected import layer_tensors
+from moe_forward.checkpoint.expected import LayerTensors, layer_tensors
 from moe_forward.checkpoint.index import CheckpointIndex, open_index
 from moe_forward.checkpoint.layout import read_spec
 from moe_forward.errors import CheckpointError
@@ -15,7 +15,7 @@ from moe_forward.types import ModelSpec, expert_range
 def inspect(folder: Path, ranks: int, layers: Sequence[int] | None = None) -> str:
     """Describe a checkpoint as a text table; no tensor is read.
 
-    folder: in the served layout. ranks: to place it on. layers: ids to look at, default every MoE layer.
+    folder: of any format that is served. ranks: to place it on. layers: ids to look at, default every MoE layer.
     Returns: lines on the model, the bytes of each layer, and the experts and bytes of each rank.
     Raises: CheckpointError naming what cannot be served.
     """
@@ -46,7 +46,7 @@ def inspect(folder: Path, ranks: int, layers: Sequence[int] | None = None) -> st
 
 def _held_bytes(index: CheckpointIndex, spec: ModelSpec, layer: int, experts: range) -> int:
     """Bytes of a layer that a rank with `experts` holds; router and shared expert are on every rank."""
-    return sum(tensor.size_bytes for tensor in layer_tensors(index, spec, layer, experts).all())
+    return layer_tensors(index, spec, layer, experts).held_bytes
 
 
 def _model_lines(spec: ModelSpec, index: CheckpointIndex, layers: tuple[int, ...]) -> list[str]:
@@ -58,7 +58,7 @@ def _model_lines(spec: ModelSpec, index: CheckpointIndex, layers: tuple[int, ...
     shared = f"I = {spec.shared_intermediate_size}" if spec.shared_intermediate_size else "none"
     facts = {
         "model": spec.name,
-        "format": "w4afp8: int4 routed experts, fp8 shared experts, bf16 or f32 routers",
+        "format": _format(layer_tensors(index, spec, layers[0], range(1))),
         "shards": str(len(index.files)),
         "MoE layers": f"{len(layers)}: {_spans(layers)}",
         "experts": f"{spec.num_experts}, H = {spec.hidden_size}, I = {spec.intermediate_size}",
@@ -67,6 +67,20 @@ def _model_lines(spec: ModelSpec, index: CheckpointIndex, layers: tuple[int, ...
         "gate": routing,
     }
     return [f"{name:<20}{value}" for name, value in facts.items()]
+
+
+def _format(layer: LayerTensors) -> str:
+    """Say what the experts of a layer are, and what becomes of them."""
+    values, _, to, *_ = layer.experts[0][0]
+    routed = f"{'compressed-tensors' if to == 'decode' else 'w4afp8'}: int4 routed experts"
+    if to == "int4":
+        routed = f"{values.dtype} routed experts, quantized to int4 as they are loaded"
+    if not layer.shared:
+        return routed
+    values, _, to, *_ = layer.shared[0]
+    return f"{routed}; " + (
+        "fp8 shared experts" if to == "keep" else f"{values.dtype} shared experts, quantized to fp8"
+    )
 
 
 def _spans(numbers: tuple[int, ...]) -> str:

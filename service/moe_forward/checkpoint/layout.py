@@ -1,4 +1,4 @@
-"""Names, shapes and settings of the DeepSeek-R1-W4AFP8 layout, the one layout that is served.
+"""Names, shapes and settings of checkpoints, above all of the DeepSeek-R1-W4AFP8 layout, which `quantize` writes.
 
 Source: Barrrrry/DeepSeek-R1-W4AFP8, written by TensorRT-LLM's examples/quantization/quantize_mixed_precision_moe.py
 and read by SGLang's layers/quantization/w4afp8.py. Matrices are [N, K]: N output, K input channels.
@@ -9,13 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moe_forward.checkpoint import compressed_tensors
 from moe_forward.checkpoint.documents import Keys, read_document
 from moe_forward.checkpoint.families import FAMILIES
 from moe_forward.errors import CheckpointError
 from moe_forward.types import ModelSpec
 
 GROUP_SIZE = 128
-"""Input channels that share one int4 scale; the only group size the kernels compute with."""
+"""Input channels that share one int4 scale in this layout, and in whatever is quantized here."""
 
 BLOCK = 128
 """Edge of the square that shares one scale in an fp8 matrix."""
@@ -24,6 +25,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SCALE_SUFFIX = "_scale_inv"
 CONFIG_FILE = "config.json"
 TENSORRT_FILE = "hf_quant_config.json"
+MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def quantization_config() -> dict[str, Any]:
@@ -58,15 +60,23 @@ def gate_bias(layer: int) -> str:
     return f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
 
 
+def mixtral_spelling(name: str) -> str:
+    """Spell the name of a router or a routed expert's matrix as Mixtral's checkpoints do."""
+    name = name.replace(".mlp.", ".block_sparse_moe.")
+    for projection, number in MIXTRAL_PROJECTIONS.items():
+        name = name.replace(f".{projection}.", f".{number}.")
+    return name
+
+
 def matrix_shape(projection: str, hidden_size: int, intermediate_size: int) -> tuple[int, int]:
     """[N, K] of an expert's matrix before packing."""
     return (hidden_size, intermediate_size) if projection == "down_proj" else (intermediate_size, hidden_size)
 
 
-def int4_shapes(shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def int4_shapes(shape: tuple[int, int], group_size: int = GROUP_SIZE) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of the packed codes and of the group scales of an [N, K] matrix."""
     rows, columns = shape
-    return (rows, columns // 2), (rows, columns // GROUP_SIZE)
+    return (rows, columns // 2), (rows, columns // group_size)
 
 
 def block_scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -80,7 +90,7 @@ def read_spec(folder: Path, name: str | None = None) -> ModelSpec:
     folder: HF folder. name: the name to serve it under; default the folder's own.
     Returns: the spec; `layers` holds every MoE layer, without multi-token-prediction layers behind the last.
     Raises: CheckpointError naming the file and key for a missing or malformed config, an unknown model_type, or a
-        quantization that is not this layout.
+        quantization that is not served.
     """
     path = folder / CONFIG_FILE
     config = Keys(read_document(path), str(path))
@@ -89,20 +99,33 @@ def read_spec(folder: Path, name: str | None = None) -> ModelSpec:
         raise CheckpointError(
             f"{path}: model_type {family!r} is not a model this version serves; it serves {', '.join(sorted(FAMILIES))}"
         )
-    _check_quantization(config)
-    return FAMILIES[family](config, name or folder.resolve().name, GROUP_SIZE)
+    return FAMILIES[family](config, name or folder.resolve().name, _group_size(config))
 
 
-def _check_quantization(config: Keys) -> None:
-    settings = config.section("quantization_config")
+def _group_size(config: Keys) -> int:
+    """Inputs that share an int4 scale once the checkpoint is loaded; CheckpointError for what is not served."""
+    settings = config.section("quantization_config") or config.section("compression_config")
     if settings is None:
-        return  # TensorRT-LLM's writer leaves none; the tensors decide
+        return GROUP_SIZE  # bf16, or TensorRT-LLM's writer, which leaves none; the tensors decide
     method = settings.text("quant_method")
-    # fp8 is a source for `quantize`, and what copies of this layout say whose config.json was left as it was
+    if method == compressed_tensors.METHOD:
+        return compressed_tensors.group_size(settings)
+    # copies of this layout say fp8 where their config.json was left as it was; the tensors decide
     if method not in ("w4afp8", "fp8"):
-        raise CheckpointError(f"{settings.where}: quant_method {method!r} cannot be served exactly; expected 'w4afp8'")
+        found = {key: settings.document[key] for key in ("bits", "num_bits", "group_size") if key in settings.document}
+        raise CheckpointError(
+            f"{settings.where}: quant_method {method!r} cannot be served exactly{f' ({found})' if found else ''}; "
+            f"served are w4afp8, {compressed_tensors.METHOD} ({compressed_tensors.SERVED}), fp8 in blocks of "
+            f"{BLOCK} x {BLOCK}, and weights that are not quantized"
+        )
+    block = settings.document.get("weight_block_size")
+    if method == "fp8" and block != [BLOCK, BLOCK]:
+        raise CheckpointError(
+            f"{settings.where}: fp8 with weight_block_size {block} cannot be served; served is [{BLOCK}, {BLOCK}]"
+        )
     group_size = settings.integer("group_size", default=GROUP_SIZE)
     if group_size != GROUP_SIZE:
         raise CheckpointError(
-            f"{settings.where}: group_size {group_size} cannot be served; the kernels compute with {GROUP_SIZE}"
+            f"{settings.where}: group_size {group_size} cannot be served with {method}; served is {GROUP_SIZE}"
         )
+    return GROUP_SIZE

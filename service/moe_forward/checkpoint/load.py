@@ -1,26 +1,32 @@
-"""Load a rank's part of a checkpoint: memory-mapped, so that only what it holds is ever read."""
+"""Load a rank's part of a checkpoint: memory-mapped, so that only what it holds is ever read.
+
+What is not served as the file has it is made on the way, expert by expert, and then held in memory of this process.
+"""
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from moe_forward.checkpoint.compressed_tensors import clear_unscaled, decode
+from moe_forward.checkpoint.convert import quantize_matrix
 from moe_forward.checkpoint.expected import Gate, LayerTensors, Matrix, layer_tensors
 from moe_forward.checkpoint.index import TensorInfo, open_index
+from moe_forward.checkpoint.mapped import MappedFiles, read_ahead
 from moe_forward.checkpoint.shards import available_cores
 from moe_forward.errors import CheckpointError
 from moe_forward.types import ModelSpec
 from w4afp8 import ExpertWeights, Fp8BlockWeight, Int4Weight, SharedExpert
 
+log = logging.getLogger(__name__)
+
 MAX_READERS = 16  # more readers than this wait for each other at the file system
+MEMORY_FILE = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -44,60 +50,64 @@ class LayerWeights:
         return matrices + self.gate_weight.nbytes + (self.gate_bias.nbytes if self.gate_bias is not None else 0)
 
 
-class MappedFiles:
-    """Shards mapped into memory; a tensor keeps its mapping alive by itself."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        """Map each file once.
-
-        Raises: CheckpointError naming a file that safetensors refuses.
-        """
-        self._files: Mapping[Path, Any] = MappingProxyType({file: _mapped(file) for file in sorted(set(files))})
-
-    def tensor(self, info: TensorInfo) -> torch.Tensor:
-        """View a tensor; private to this process, nothing is read before it is touched."""
-        tensor: torch.Tensor = self._files[info.file].get_tensor(info.name)
-        return tensor
-
-
 def load_shard(
     folder: Path,
     spec: ModelSpec,
     layers: Sequence[int],
     experts: range,
     on_progress: Callable[[int, int], None] | None = None,
+    read: bool = True,
 ) -> dict[int, LayerWeights]:
     """Load the experts of one rank, with the routers and shared experts, which every rank holds.
 
-    folder: in the layout of `checkpoint.layout`. layers: ids to load. experts: ids this rank holds.
-    on_progress: called in this thread with (bytes done, bytes in total).
-    Returns: layer id -> weights on the CPU. They are views of the mapped files; do not write to them.
-    Raises: CheckpointError naming the tensor that is missing, damaged or of a format that cannot be served exactly.
+    folder: of a format that `checkpoint.layout` or `checkpoint.compressed_tensors` tells of, or not quantized, or fp8
+        in blocks: what is not int4 yet is quantized here as `quantize` does it, and said so in the log.
+    layers: ids to load. experts: ids this rank holds.
+    on_progress: called in this thread with (bytes done, bytes in total) of what is read here.
+    read: have the experts' pages read and check their scales. Without, experts that need no quantization are only
+        mapped, for somebody who brings them elsewhere and checks them there: a GPU's memory may be larger than the
+        host's, which would read twice. Those of compressed-tensors then stay as they are, for
+        `compressed_tensors.decode`.
+    Returns: layer id -> weights on the CPU. They may be views of the mapped files; do not write to them.
+    Raises: CheckpointError naming the tensor that is missing, damaged or of a format that cannot be served exactly, or
+        with the numbers where what is made on the way exceeds the memory there is.
     """
     index = open_index(folder)
     plans = {layer: layer_tensors(index, spec, layer, experts) for layer in layers}
-    files = MappedFiles(tensor.file for plan in plans.values() for tensor in plan.all())
-    total_bytes = sum(tensor.size_bytes for plan in plans.values() for tensor in plan.all())
-    done_bytes = 0
+    _tell_of_quantization(folder, plans)
+    _require_memory(folder, plans, read)
+    files = MappedFiles(tensor.file for plan in plans.values() for tensor in plan.tensors())
     loaded: dict[tuple[int, int], ExpertWeights] = {}
-    others = {layer: (_shared(files, plan.shared), *_gate(files, plan.gate)) for layer, plan in plans.items()}
-    done_bytes += sum(_size_bytes(plan._replace(experts=())) for plan in plans.values())
-    pool = ThreadPoolExecutor(min(MAX_READERS, available_cores()))
+    waiting: dict[tuple[int, int], tuple[Matrix, ...]] = {}
+    for layer, plan in plans.items():
+        for number, matrices in enumerate(plan.experts):
+            if read or _is_quantized_here(matrices):
+                waiting[layer, number] = matrices
+            else:
+                loaded[layer, number] = _mapped(files, matrices)
+    total_bytes = sum(_read_bytes(matrices) for matrices in waiting.values())
+    done_bytes = 0
+    if read:
+        done_bytes = sum(_read_bytes(plan.shared) + _size_bytes(plan.gate.tensors) for plan in plans.values())
+        total_bytes += done_bytes
+    threads_before = torch.get_num_threads()
+    # one thread for each reader: torch would start a team in each of them
+    pool = ThreadPoolExecutor(min(MAX_READERS, available_cores()), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        futures = {
-            pool.submit(_expert, files, matrices): (layer, number, sum(t.size_bytes for m in matrices for t in m))
-            for layer, plan in plans.items()
-            for number, matrices in enumerate(plan.experts)
-        }
+        shared = {layer: pool.submit(_shared, files, plan.shared, read) for layer, plan in plans.items()}
+        gates = {layer: _gate(files, plan.gate) for layer, plan in plans.items()}
+        futures = {pool.submit(_expert, files, matrices): place for place, matrices in waiting.items()}
         for future in as_completed(futures):
-            layer, number, size_bytes = futures[future]
-            loaded[layer, number] = future.result()
-            done_bytes += size_bytes
+            place = futures[future]
+            loaded[place] = future.result()
+            done_bytes += _read_bytes(waiting[place])
             if on_progress is not None:
                 on_progress(done_bytes, total_bytes)
+        others = {layer: (shared[layer].result(), *gates[layer]) for layer in plans}
     finally:
         pool.shutdown(cancel_futures=True)
-    if on_progress is not None and not futures:
+        torch.set_num_threads(threads_before)  # the readers' setting is the default of later threads
+    if on_progress is not None and read and not futures:
         on_progress(done_bytes, total_bytes)
     return {
         layer: LayerWeights(tuple(loaded[layer, number] for number in range(len(plan.experts))), *others[layer])
@@ -105,15 +115,56 @@ def load_shard(
     }
 
 
-def _mapped(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except Exception as error:  # the library raises its own type, OSError and others
-        raise CheckpointError(f"cannot map {file}: {error}") from error
+def _tell_of_quantization(folder: Path, plans: Mapping[int, LayerTensors]) -> None:
+    """Write a log line where weights are quantized as they are loaded."""
+    routed = [expert for plan in plans.values() for expert in plan.experts if _is_quantized_here(expert)]
+    shared = [plan.shared for plan in plans.values() if _is_quantized_here(plan.shared)]
+    if routed:
+        log.warning(
+            "%s: quantizing %d routed experts from %s to int4, now and at every start; `moe-forward quantize` does it "
+            "once and for all",
+            folder,
+            len(routed),
+            routed[0][0].values.dtype,
+        )
+    if shared:
+        log.warning("%s: quantizing %d shared experts from %s to fp8", folder, len(shared), shared[0][0].values.dtype)
 
 
-def _size_bytes(plan: LayerTensors) -> int:
-    return sum(tensor.size_bytes for tensor in plan.all())
+def _require_memory(folder: Path, plans: Mapping[int, LayerTensors], read: bool) -> None:
+    """Refuse what has to be made in memory and does not fit: the kernel would end the process without a word."""
+    made = ("int4", "fp8", "decode") if read else ("int4", "fp8")
+    needed_bytes = sum(m.held_bytes for plan in plans.values() for m in plan.matrices() if m.to in made)
+    if needed_bytes > (available_bytes := _available_bytes()):
+        raise CheckpointError(
+            f"{folder}: what is made of it while it is loaded takes {needed_bytes} bytes, and {available_bytes} are "
+            "available; run `moe-forward quantize` first, and serve its result, or serve fewer layers, or on more ranks"
+        )
+
+
+def _available_bytes() -> int:
+    for line in MEMORY_FILE.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    raise CheckpointError(f"{MEMORY_FILE} does not tell MemAvailable")
+
+
+def _is_quantized_here(matrices: tuple[Matrix, ...]) -> bool:
+    return any(matrix.to in ("int4", "fp8") for matrix in matrices)
+
+
+def _read_bytes(matrices: Iterable[Matrix]) -> int:
+    return sum(matrix.read_bytes for matrix in matrices)
+
+
+def _size_bytes(tensors: Iterable[TensorInfo]) -> int:
+    return sum(tensor.size_bytes for tensor in tensors)
+
+
+def _mapped(files: MappedFiles, matrices: tuple[Matrix, ...]) -> ExpertWeights:
+    """View an expert as the file has it."""
+    return ExpertWeights(*(Int4Weight(*(files.tensor(info) for info in matrix.tensors)) for matrix in matrices))
 
 
 def _expert(files: MappedFiles, matrices: tuple[Matrix, ...]) -> ExpertWeights:
@@ -121,27 +172,35 @@ def _expert(files: MappedFiles, matrices: tuple[Matrix, ...]) -> ExpertWeights:
 
 
 def _int4(files: MappedFiles, matrix: Matrix) -> Int4Weight:
-    _read_ahead(matrix.values)
-    codes, scales = files.tensor(matrix.values), _scales(files, matrix.scales)
-    if bool((scales.numpy() == 0).any()):
-        # TensorRT-LLM's writer divides by the zero scale of an all-zero group: its codes are undefined there
-        rows, groups = scales.shape
-        codes = (codes.view(rows, groups, -1) * (scales != 0).unsqueeze(-1)).view(rows, -1)
-    return Int4Weight(codes, scales)
+    if matrix.part is None:
+        read_ahead(matrix.values)
+    if matrix.to == "int4":
+        return Int4Weight(*quantize_matrix(files, "int4", matrix.values, matrix.scales, matrix.part))
+    values, scales = matrix.tensors
+    weight = Int4Weight(files.tensor(values), _scales(files, scales))
+    # TensorRT-LLM's writer divides by the zero scale of an all-zero group: its codes are undefined there
+    return decode(weight) if matrix.to == "decode" else clear_unscaled(weight)
 
 
 def _scales(files: MappedFiles, info: TensorInfo) -> torch.Tensor:
     scales = files.tensor(info)
-    array = scales.numpy()  # numpy stays in this thread, torch would start a team of threads in each reader
-    if array.size and not (array.min() >= 0 and array.max() < float("inf")):  # false for NaN too
+    if scales.numel() and not (scales.min() >= 0 and scales.max() < torch.inf):  # false for NaN too
         raise CheckpointError(f"{info}: scales must be finite and not negative")
     return scales
 
 
-def _shared(files: MappedFiles, matrices: tuple[Matrix, ...]) -> SharedExpert | None:
+def _shared(files: MappedFiles, matrices: tuple[Matrix, ...], read: bool) -> SharedExpert | None:
+    """Load a shared expert; where it is not read, its scales are not checked."""
     if not matrices:
         return None
-    return SharedExpert(*(Fp8BlockWeight(files.tensor(m.values), _scales(files, m.scales)) for m in matrices))
+    return SharedExpert(*(_fp8(files, matrix, read) for matrix in matrices))
+
+
+def _fp8(files: MappedFiles, matrix: Matrix, read: bool) -> Fp8BlockWeight:
+    if matrix.to == "fp8":
+        return Fp8BlockWeight(*quantize_matrix(files, "fp8", matrix.values, None, None))
+    values, scales = matrix.tensors
+    return Fp8BlockWeight(files.tensor(values), _scales(files, scales) if read else files.tensor(scales))
 
 
 def _gate(files: MappedFiles, gate: Gate) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -153,12 +212,3 @@ def _finite(files: MappedFiles, info: TensorInfo) -> torch.Tensor:
     if not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"{info}: holds NaN or Inf")
     return tensor
-
-
-def _read_ahead(info: TensorInfo) -> None:
-    """Ask the kernel to read a tensor now, in parallel with the others, instead of page by page when it is used."""
-    handle = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(handle, info.offset, info.size_bytes, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(handle)

@@ -8,23 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moe_forward.checkpoint.expected import FLOATS
+from moe_forward.checkpoint.expected import FLOATS, Part
 from moe_forward.checkpoint.index import CheckpointIndex, TensorInfo
 from moe_forward.checkpoint.layout import (
     BLOCK,
     GROUP_SIZE,
+    MIXTRAL_PROJECTIONS,
     PROJECTIONS,
     SCALE_SUFFIX,
     block_scale_shape,
     expert_matrix,
     int4_shapes,
     matrix_shape,
+    mixtral_spelling,
 )
 from moe_forward.checkpoint.writer import TensorEntry
 from moe_forward.errors import CheckpointError
 from moe_forward.types import ModelSpec
 
-_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
+_EXPERT = re.compile(
+    r"model\.layers\.\d+\.(?:mlp\.experts\.\d+\.(gate_proj|up_proj|down_proj)"
+    r"|block_sparse_moe\.experts\.\d+\.(w[123]))\.weight"
+)
+_PROJECTIONS = {number: projection for projection, number in MIXTRAL_PROJECTIONS.items()}
 _FUSED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 _LINEAR = re.compile(
     r"model\.layers\.\d+\.(self_attn\.\w*_proj(_with_mqa)?|mlp\.(shared_experts\.)?(gate|up|down)_proj)\.weight"
@@ -37,7 +43,7 @@ class Conversion:
     """One matrix or tensor on its way.
 
     to: what becomes of it. scales: block scales of an fp8 source, else None.
-    expert, rows: the part of a fused tensor [E, N, K]; None for all of an ordinary one.
+    part: of a fused tensor [E, N, K]; None for all of an ordinary one.
     entries: what comes out, the values first.
     """
 
@@ -45,8 +51,7 @@ class Conversion:
     source: TensorInfo
     entries: tuple[TensorEntry, ...]
     scales: TensorInfo | None = None
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
+    part: Part | None = None
 
 
 def plan_conversions(index: CheckpointIndex, spec: ModelSpec) -> dict[Path, tuple[Conversion, ...]]:
@@ -67,7 +72,7 @@ def plan_conversions(index: CheckpointIndex, spec: ModelSpec) -> dict[Path, tupl
         for expert in range(spec.num_experts):
             for projection in PROJECTIONS:
                 name = expert_matrix(layer, expert, projection)
-                if name not in made:
+                if name not in made and mixtral_spelling(name) not in made:
                     raise CheckpointError(f"{index.folder} misses {name}, which its config.json promises")
     return plan
 
@@ -86,7 +91,7 @@ def _conversions(index: CheckpointIndex, spec: ModelSpec, info: TensorInfo) -> I
     elif fused := _FUSED.fullmatch(info.name):
         yield from _split(spec, info, int(fused[1]), fused[2])
     elif expert := _EXPERT.fullmatch(info.name):
-        shape = matrix_shape(expert[1], spec.hidden_size, spec.intermediate_size)
+        shape = matrix_shape(expert[1] or _PROJECTIONS[expert[2]], spec.hidden_size, spec.intermediate_size)
         if info.shape != shape:
             raise CheckpointError(f"{info}: config.json promises {list(shape)}")
         yield Conversion("int4", info, _int4_entries(info, info.name, shape), scales=_source_scales(index, info))
@@ -113,8 +118,8 @@ def _split(spec: ModelSpec, info: TensorInfo, layer: int, kind: str) -> Iterator
     for expert in range(spec.num_experts):
         for number, projection in enumerate(projections):
             entries = _int4_entries(info, expert_matrix(layer, expert, projection), (rows, columns))
-            part = (number * rows, (number + 1) * rows)
-            yield Conversion("int4", info, entries, expert=expert, rows=part)
+            part = Part(expert, number * rows, (number + 1) * rows)
+            yield Conversion("int4", info, entries, part=part)
 
 
 def _int4_entries(info: TensorInfo, name: str, shape: tuple[int, int]) -> tuple[TensorEntry, ...]:

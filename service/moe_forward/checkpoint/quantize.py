@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from moe_forward.checkpoint.convert import convert
 from moe_forward.checkpoint.documents import Keys, read_document
+from moe_forward.checkpoint.expected import part_bytes
 from moe_forward.checkpoint.index import INDEX_FILE, CheckpointIndex, open_index, read_header
 from moe_forward.checkpoint.layout import CONFIG_FILE, GROUP_SIZE, TENSORRT_FILE, quantization_config, read_spec
-from moe_forward.checkpoint.load import MappedFiles
+from moe_forward.checkpoint.mapped import MappedFiles
 from moe_forward.checkpoint.plan import Conversion, plan_conversions
 from moe_forward.checkpoint.shards import Job, Shard, write_index, write_shards
 from moe_forward.checkpoint.writer import part_path, require_space, sync_folder, write_document
@@ -135,21 +136,16 @@ def _convert(
         Shard(
             path=destination / file.name,
             metadata=_identity(index, file),
-            jobs=tuple(Job(item.entries, _work_bytes(item), partial(convert, files, item)) for item in plan[file]),
+            jobs=tuple(
+                Job(item.entries, part_bytes(item.source, item.part), partial(convert, files, item))
+                for item in plan[file]
+            ),
         )
         for file in pending
     ]
     total = sum(job.work_bytes for shard in shards for job in shard.jobs)
     with tqdm(total=total, desc="quantize", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress) as bar:
         write_shards(shards, workers, bar.update)
-
-
-def _work_bytes(item: Conversion) -> int:
-    """Bytes of the source that a conversion reads."""
-    if item.expert is None or item.rows is None:
-        return item.source.size_bytes
-    experts, rows, _ = item.source.shape
-    return item.source.size_bytes * (item.rows[1] - item.rows[0]) // (experts * rows)
 
 
 def _copy_small_files(source: Path, destination: Path) -> None:

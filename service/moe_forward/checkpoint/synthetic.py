@@ -2,13 +2,18 @@
 
 Only the MoE parts are written (routed and shared experts, routers); there is no attention, embedding or dense layer.
 Each tensor has its own random stream, seeded by its name, so that the bytes do not depend on threads or order.
+
+A thread makes a whole shard, so there are many: threads that write to one file wait for each other, since the kernel
+locks it while it finds and fills pages (where memory is new to a virtual machine, at 0.3 GB/s). Random numbers, table
+look-ups and writes release the interpreter lock; what is left under it is some percent of a thread's time.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -30,11 +35,12 @@ from moe_forward.checkpoint.layout import (
     shared_matrix,
 )
 from moe_forward.checkpoint.presets import PRESETS, Preset
-from moe_forward.checkpoint.shards import Job, Shard, write_index, write_shards
-from moe_forward.checkpoint.writer import TensorEntry, require_space, write_document
+from moe_forward.checkpoint.shards import Job, Shard, available_cores, write_index
+from moe_forward.checkpoint.writer import ShardWriter, TensorEntry, require_space, write_document
 from moe_forward.errors import CheckpointError
 
-MAX_SHARD_BYTES = 2 << 30
+SHARD_BYTES = 128 << 20  # 44 shards of one layer of DeepSeek-R1
+MANY_SHARDS = 64  # or a few more of a larger model, whose shards are larger
 CHUNK_BYTES = 1 << 18  # made at a time: random numbers, table and result stay in a core's cache
 GROUP_AMAX = 2.8  # largest of 128 normal numbers, in standard deviations, on average
 BLOCK_AMAX = 4.2  # largest of 128 x 128
@@ -62,9 +68,13 @@ def write_model(
     layers: int | None = None,
     seed: int = 0,
     progress: bool = True,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
+    workers: int | None = None,
 ) -> None:
-    """Do what `make_model` does for any shape, with shards of at most `max_shard_bytes` (or one expert)."""
+    """Do what `make_model` does for any shape.
+
+    max_shard_bytes: of a shard, or one tensor; default by the size of the model. workers: threads; default one a core.
+    """
     count = preset.moe_layers if layers is None else layers
     if count < 1:
         raise CheckpointError(f"layers: expected at least one MoE layer, got {count}")
@@ -74,24 +84,54 @@ def write_model(
     jobs = list(_jobs(preset, count, seed))
     total = sum(job.work_bytes for job in jobs)
     require_space(folder, total)
-    groups = list(_grouped(jobs, max_shard_bytes))
+    groups = list(_grouped(jobs, max_shard_bytes or max(SHARD_BYTES, -(-total // MANY_SHARDS))))
     shards = [
         Shard(folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors", {"format": "pt"}, tuple(group))
         for number, group in enumerate(groups, start=1)
     ]
     with tqdm(total=total, desc="make", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress) as bar:
-        write_shards(shards, None, bar.update)
+        _write_at_once(shards, workers or available_cores(), bar.update)
     write_index(folder, {entry: shard.path.name for shard in shards for entry in shard.entries})
     write_document(folder / CONFIG_FILE, preset.config(count))
 
 
+def _write_at_once(shards: Sequence[Shard], workers: int, on_done: Callable[[int], object]) -> None:
+    """Write shards in parallel, each atomically by one thread.
+
+    on_done: called in this thread with the bytes of each finished shard.
+    Raises: the first error of any shard; finished ones stay, unfinished ones are removed.
+    """
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = {pool.submit(_write, shard): shard for shard in shards}
+        for future in as_completed(futures):
+            future.result()
+            on_done(sum(job.work_bytes for job in futures[future].jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write(shard: Shard) -> None:
+    writer = ShardWriter(shard.path, shard.entries, shard.metadata)
+    try:
+        for job in shard.jobs:
+            for entry, tensor in zip(job.entries, job.compute(), strict=True):
+                writer.write(entry.name, tensor)
+    except BaseException:
+        writer.discard()
+        raise
+    writer.commit()
+
+
 def _grouped(jobs: Iterable[Job], max_shard_bytes: int) -> Iterator[list[Job]]:
     group: list[Job] = []
+    group_bytes = 0
     for job in jobs:
-        if group and sum(item.work_bytes for item in group) + job.work_bytes > max_shard_bytes:
+        if group and group_bytes + job.work_bytes > max_shard_bytes:
             yield group
-            group = []
+            group, group_bytes = [], 0
         group.append(job)
+        group_bytes += job.work_bytes
     yield group
 
 

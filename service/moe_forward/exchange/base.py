@@ -8,50 +8,92 @@ experts, in the down projection's epilogue, so combine only adds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from w4afp8 import Quantized
 
 
 @dataclass(frozen=True, slots=True)
-class Dispatched:
-    """The rows this rank's experts compute in one step.
+class Place:
+    """One rank's place in a group, and the shape of what will travel.
 
-    rows: [R, H] e4m3 with their scales, sorted by local expert, inside one by source rank, token and slot.
+    rank, ranks, num_experts: who, of how many, sharing which E experts.
+    rendezvous: a file that every rank of the group sees and no other group uses.
+    timeout_seconds: of one collective.
+    device: where this rank's tensors lie.
+    hidden_size, top_k: H and K.
+    max_tokens: largest T that a rank passes to `dispatch`.
+    scale_columns: scales of a token, 1 or H/128.
+    """
+
+    rank: int
+    ranks: int
+    num_experts: int
+    rendezvous: Path
+    timeout_seconds: float
+    device: torch.device
+    hidden_size: int
+    top_k: int
+    max_tokens: int
+    scale_columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """The rows this rank's experts compute in one step; valid until the exchange's next dispatch.
+
+    rows: [R, H] e4m3 with their scales, grouped by local expert. Rows from offsets[-1] on belong to no expert: their
+        values are undefined and may be NaN.
     offsets: [E_local + 1] int64, on the rows' device; rows of local expert e are [offsets[e], offsets[e + 1]).
     weights: [R] float32, routing weight of each row.
+    expected_rows: of one expert if tokens spread evenly, at least 1; a hint, known on the host.
     handle: what this exchange needs to combine; valid for one `combine`.
     """
 
     rows: Quantized
     offsets: Tensor
     weights: Tensor
+    expected_rows: int
     handle: Any
 
 
 class Exchange(Protocol):
-    """One rank's part in the collective movement of tokens. Every rank makes the same calls, also with no tokens."""
+    """One rank's part in the collective movement of tokens. Every rank makes the same calls, also with no tokens.
+
+    pads: True: every rank must pass the same T (callers add rows whose ids are all -1), R depends on T alone, nothing
+        waits for the host, and a call can be captured in a CUDA graph. False: T may differ, R is exact.
+    """
 
     name: str
+    pads: bool
 
     def dispatch(self, tokens: Quantized, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
-        """Send each token once to every rank that holds one of its experts.
+        """Send each token to the ranks that hold its experts.
 
-        tokens: [T, H] e4m3 with scales [T, S] float32, this rank's rows (T may be 0 and differs between ranks).
-        topk_ids: [T, K] int64, global expert ids. topk_weights: [T, K] float32.
+        tokens: [T, H] e4m3 with scales [T, S] float32, this rank's rows; T may be 0.
+        topk_ids: [T, K] int64, global expert ids, distinct in a row; -1 is a slot of no expert.
+        topk_weights: [T, K] float32.
         """
         ...
 
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """Bring the experts' rows back and add each token's K contributions in the order of its slots.
+        """Bring the experts' rows back and add each token's contributions, in an order that depends on its ids alone.
 
-        rows: [R, H] float32 in the order of `Dispatched.rows`, already times their routing weight.
-        Returns: [T, H] float32.
+        rows: [R, H] float32 (CPU) or bfloat16 (GPU) in the order of `Dispatched.rows`, already times their routing
+            weight; rows of no expert may hold anything.
+        Returns: [T, H] float32 or bfloat16; zeros for a token without experts.
         """
         ...
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group, with every other rank. CUDA graphs that hold its collectives must be gone by then."""
         ...
+
+
+def expected_rows(ranks: int, tokens: int, top_k: int, num_experts: int) -> int:
+    """Rows of one expert if `tokens` tokens of each rank spread evenly, at least 1."""
+    return max(1, -(-ranks * tokens * top_k // num_experts))

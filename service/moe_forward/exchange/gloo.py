@@ -9,16 +9,15 @@ are.
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_forward.exchange.base import Dispatched
-from moe_forward.exchange.rows import add_slots, expert_order, take_bytes
+from moe_forward.exchange.base import Dispatched, Place, expected_rows
+from moe_forward.exchange.group import join, leave
+from moe_forward.exchange.rows import add_slots, expert_order, local_ids, take_bytes
 from moe_forward.types import expert_range
 from w4afp8 import Quantized
 
@@ -33,19 +32,16 @@ class _Handle(NamedTuple):
 
 
 class GlooExchange:
-    """An `Exchange` over the process's default group.
-
-    rank, ranks: my place. num_experts: E, spread by `expert_range`.
-    rendezvous: a file that all ranks see, fresh for each group. timeout_seconds: of one collective.
-    """
+    """An `Exchange` over the process's default group. place: this rank's; its shapes are taken from what is sent."""
 
     name = "gloo"
+    pads = False
 
-    def __init__(self, rank: int, ranks: int, num_experts: int, rendezvous: Path, timeout_seconds: float) -> None:
-        timeout = timedelta(seconds=timeout_seconds)
-        meeting = f"file://{rendezvous}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=timeout)
+    def __init__(self, place: Place) -> None:
+        join(place)
+        rank, ranks, num_experts = place.rank, place.ranks, place.num_experts
         self._ranks = ranks
+        self._num_experts = num_experts
         self._local_experts = len(expert_range(rank, ranks, num_experts))
         firsts = [expert_range(other, ranks, num_experts).start for other in range(ranks)]
         self._firsts = torch.tensor(firsts)
@@ -54,18 +50,17 @@ class GlooExchange:
     def dispatch(self, tokens: Quantized, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
         """Send tokens to the ranks of their experts. See `Exchange.dispatch`."""
         slots = topk_ids.shape[1]
-        owner = torch.bucketize(
-            topk_ids.contiguous(), self._boundaries, right=True
-        )  # [T, K] rank of each slot's expert
-        goes = torch.zeros(len(topk_ids), self._ranks, dtype=torch.bool).scatter_(1, owner, True)
-        target, token = torch.nonzero(goes.T, as_tuple=True)  # copies to send, by rank, then token
+        found = torch.bucketize(topk_ids.contiguous(), self._boundaries, right=True)
+        owner = torch.where(topk_ids < 0, self._ranks, found)  # [T, K] rank of each slot's expert, `ranks` for none
+        goes = torch.zeros(len(topk_ids), self._ranks + 1, dtype=torch.bool).scatter_(1, owner, True)
+        target, token = torch.nonzero(goes[:, :-1].T, as_tuple=True)  # copies to send, by rank, then token
         there = owner[token] == target[:, None]  # [copies, K] slots that the receiver computes
-        local_ids = torch.where(there, topk_ids[token] - self._firsts[target][:, None], -1).int()
+        sought = torch.where(there, topk_ids[token] - self._firsts[target][:, None], -1).int()
 
         outgoing = torch.bincount(target, minlength=self._ranks)
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing)
-        parts = (take_bytes(tokens.values, token), tokens.scales[token], local_ids, topk_weights[token])
+        parts = (take_bytes(tokens.values, token), tokens.scales[token], sought, topk_weights[token])
         packed = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
         received = torch.empty(int(incoming.sum()), packed.shape[1], dtype=torch.uint8)
         dist.all_to_all_single(received, packed, incoming.tolist(), outgoing.tolist())
@@ -75,7 +70,8 @@ class GlooExchange:
         values, scales, ids, weights = (
             piece.contiguous().view(part.dtype) for piece, part in zip(pieces, parts, strict=True)
         )
-        order, offsets = expert_order(ids.long(), self._local_experts)
+        order, offsets = expert_order(local_ids(ids, 0), self._local_experts)
+        order = order[: int(offsets[-1])]
         copy = order // slots
         handle = _Handle(
             order=order,
@@ -86,7 +82,8 @@ class GlooExchange:
             slots=slots,
         )
         rows = Quantized(take_bytes(values, copy), scales[copy])
-        return Dispatched(rows, offsets, weights.flatten()[order], handle)
+        hint = expected_rows(self._ranks, len(topk_ids), slots, self._num_experts)
+        return Dispatched(rows, offsets, weights.flatten()[order], hint, handle)
 
     def combine(self, rows: Tensor, handle: _Handle) -> Tensor:
         """Return rows to the ranks of their tokens and add them there. See `Exchange.combine`."""
@@ -99,7 +96,7 @@ class GlooExchange:
 
     def close(self) -> None:
         """Leave the process group."""
-        dist.destroy_process_group()
+        leave()
 
 
 def _sum_blocks(values: Tensor, sizes: Tensor) -> list[int]:

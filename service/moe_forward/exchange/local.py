@@ -6,39 +6,44 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moe_forward.exchange.base import Dispatched
-from moe_forward.exchange.rows import add_slots, expert_order, take_bytes
+from moe_forward.exchange.base import Dispatched, expected_rows
+from moe_forward.exchange.rows import add_slots, expert_order, local_ids, take_bytes
 from w4afp8 import Quantized
 
 
 class _Handle(NamedTuple):
-    order: Tensor
-    tokens: int
-    slots: int
+    order: Tensor  # [R] rows as flat positions in [T, K]
+    nowhere: Tensor  # [T, K] bool, slots of no expert
 
 
 class LocalExchange:
-    """An `Exchange` of one rank. num_experts: E."""
+    """An `Exchange` of one rank.
+
+    num_experts: E. pads: leave R at T * K, as it must be on CUDA, where the device alone knows the exact number.
+    """
 
     name = "local"
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, pads: bool = False) -> None:
+        self.pads = pads
         self._num_experts = num_experts
 
     def dispatch(self, tokens: Quantized, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
         """Repeat each token for each of its experts, grouped by expert. See `Exchange.dispatch`."""
-        order, offsets = expert_order(topk_ids, self._num_experts)
-        slots = topk_ids.shape[1]
+        count, slots = topk_ids.shape
+        order, offsets = expert_order(local_ids(topk_ids, 0), self._num_experts)
+        if not self.pads:
+            order = order[: int(offsets[-1])]
         source = order // slots
         rows = Quantized(take_bytes(tokens.values, source), tokens.scales[source])
-        handle = _Handle(order, topk_ids.shape[0], slots)
-        return Dispatched(rows, offsets, topk_weights.flatten()[order], handle)
+        hint = expected_rows(1, count, slots, self._num_experts)
+        return Dispatched(rows, offsets, topk_weights.flatten()[order], hint, _Handle(order, topk_ids < 0))
 
     def combine(self, rows: Tensor, handle: _Handle) -> Tensor:
         """Add each token's rows. See `Exchange.combine`."""
-        contributions = rows.new_zeros(handle.tokens * handle.slots, rows.shape[1])
-        contributions[handle.order] = rows
-        return add_slots(contributions.view(handle.tokens, handle.slots, rows.shape[1]))
+        contributions = rows.new_empty(*handle.nowhere.shape, rows.shape[1])
+        contributions.flatten(0, 1)[handle.order] = rows
+        return add_slots(contributions.masked_fill_(handle.nowhere[:, :, None], 0))
 
     def close(self) -> None:
         """Nothing to leave."""

@@ -73,6 +73,27 @@ def test_qwen3_moe_expert_count_under_the_key_of_transformers_5(tmp_path: Path) 
     assert read_spec(write(tmp_path, config)).num_experts == 16
 
 
+def test_kimi_k2_is_deepseek_v3_without_groups(served: Path, edit_json: Callable[..., None]) -> None:
+    edit_json(served / "config.json", model_type="kimi_k2", n_group=1, topk_group=1, routed_scaling_factor=2.827)
+    assert read_spec(served).gate == GateSpec("deepseek_v3", num_groups=1, top_groups=1, scaling_factor=2.827)
+
+
+def test_mixtral_has_experts_in_every_layer_and_normalises_the_chosen(tmp_path: Path) -> None:
+    config = {
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+    spec = read_spec(write(tmp_path, config))
+    assert (spec.hidden_size, spec.intermediate_size, spec.shared_intermediate_size) == (256, 128, 0)
+    assert (spec.num_experts, spec.top_k, spec.layers) == (8, 2, (0, 1, 2))
+    assert spec.gate == GateSpec("softmax", normalize=True)
+
+
 def test_a_tensorrt_llm_folder_without_quantization_config_is_read(
     served: Path, edit_json: Callable[..., None]
 ) -> None:
@@ -83,7 +104,10 @@ def test_a_tensorrt_llm_folder_without_quantization_config_is_read(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral'.*deepseek_v2, deepseek_v3, qwen3_moe"),
+        (
+            {"model_type": "qwen2_moe"},
+            "model_type 'qwen2_moe' is not .*deepseek_v2, deepseek_v3, kimi_k2, mixtral, qwen3_moe",
+        ),
         ({"model_type": None}, "model_type must be a string, got nothing"),
         ({"hidden_size": "big"}, "hidden_size must be an integer >= 1, got 'big'"),
         ({"hidden_size": True}, "hidden_size must be an integer"),
@@ -94,7 +118,16 @@ def test_a_tensorrt_llm_folder_without_quantization_config_is_read(
         ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not served; expected 'silu'"),
         ({"quantization_config": 3}, "quantization_config must be an object"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq' cannot be served"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+            r"quant_method 'gptq' cannot be served exactly \(\{'bits': 4, 'group_size': 128\}\); served are w4afp8, ",
+        ),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quant_method 'awq' cannot .*groups of 128 or 32"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 64]}},
+            r"fp8 with weight_block_size \[128, 64\] cannot be served; served is \[128, 128\]",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8 with weight_block_size None cannot be served"),
         ({"quantization_config": {"quant_method": "w4afp8", "group_size": 64}}, "group_size 64 cannot be served"),
     ],
 )

@@ -90,6 +90,29 @@ def test_progress_is_told_without_experts_too(served: Path) -> None:
     assert calls[0][0] == calls[0][1] > 0
 
 
+def test_mapping_alone_gives_the_same_tensors_and_reads_and_checks_no_expert(served: Path, changed: Change) -> None:
+    spec = read_spec(served)
+    loaded, mapped = (load_shard(served, spec, [1], range(2, 5), read=read)[1] for read in (True, False))
+    for one, other in zip((*loaded.experts, loaded.shared), (*mapped.experts, mapped.shared), strict=True):
+        assert one is not None
+        assert other is not None
+        for weight, same in zip(one, other, strict=True):
+            assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(weight, same, strict=True))
+    assert torch.equal(mapped.gate_weight, loaded.gate_weight)
+    changed(served, lambda tensors: tensors[f"{EXPERT}.up_proj.weight_scale_inv"].fill_(torch.nan))
+    load_shard(served, spec, [1], range(8), lambda done, total: pytest.fail("nothing is read"), read=False)
+
+
+def test_mapping_alone_refuses_what_headers_tell_and_routers_hold(served: Path, changed: Change) -> None:
+    spec = read_spec(served)
+    changed(served, lambda tensors: tensors["model.layers.1.mlp.gate.weight"].fill_(torch.inf))
+    with pytest.raises(CheckpointError, match=r"gate\.weight .*holds NaN or Inf"):
+        load_shard(served, spec, [1], range(8), read=False)
+    changed(served, lambda tensors: tensors.pop(f"{EXPERT}.up_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"misses model\.layers\.1\.mlp\.experts\.3\.up_proj"):
+        load_shard(served, spec, [1], range(8), read=False)
+
+
 def test_undefined_codes_of_an_all_zero_group_are_forced_to_zero(served: Path, changed: Change) -> None:
     def zero_group(tensors: Tensors) -> None:
         tensors[f"{EXPERT}.up_proj.weight_scale_inv"][5, 1] = 0
@@ -131,12 +154,20 @@ def replaced(name: str, tensor: torch.Tensor) -> Callable[[Tensors], object]:
         (replaced(f"{EXPERT}.up_proj.weight_zero_point", torch.zeros(128, 2)), "weight_zero_point: zero points"),
         (replaced(f"{EXPERT}.up_proj.qzeros", torch.zeros(128, 2)), "qzeros: zero points"),
         (
-            replaced(f"{EXPERT}.up_proj.weight", torch.zeros(128, 256).bfloat16()),
-            r"up_proj\.weight \(BF16 .*packed int4 .*run `moe-forward quantize`",
+            replaced(f"{EXPERT}.up_proj.g_idx", torch.zeros(256)),
+            r"up_proj\.g_idx: an activation order .*cannot be served",
+        ),
+        (
+            replaced(f"{EXPERT}.up_proj.weight", torch.zeros(128, 128).bfloat16()),
+            r"up_proj\.weight \(BF16 \[128, 128\] .*: expected I8 or F8_E4M3 or .*\[128, 256\]",
         ),
         (
             replaced(f"{EXPERT}.up_proj.weight", torch.zeros(128, 256).to(torch.float8_e4m3fn)),
-            r"up_proj\.weight \(F8_E4M3 .*run `moe-forward quantize`",
+            r"up_proj\.weight_scale_inv \(F32 \[128, 2\].*: expected F32 \[1, 2\]",
+        ),
+        (
+            replaced(f"{EXPERT}.up_proj.weight", torch.zeros(128, 256, dtype=torch.uint8)),
+            r"up_proj\.weight \(U8 .*: expected I8 or F8_E4M3",
         ),
         (lambda tensors: tensors.pop(f"{EXPERT}.up_proj.weight"), r"misses model\.layers\.1\.mlp\.experts\.3\.up_proj"),
         (lambda tensors: tensors.pop(f"{EXPERT}.up_proj.weight_scale_inv"), r"misses .*up_proj\.weight_scale_inv"),
@@ -146,8 +177,8 @@ def replaced(name: str, tensor: torch.Tensor) -> Callable[[Tensors], object]:
             r"misses .*e_score_correction_bias \(BF16 or F16 or F32 \[8\]\)",
         ),
         (
-            replaced("model.layers.1.mlp.shared_experts.up_proj.weight", torch.zeros(128, 256).bfloat16()),
-            r"shared_experts\.up_proj\.weight .*F8_E4M3; run `moe-forward quantize`",
+            replaced("model.layers.1.mlp.shared_experts.up_proj.weight", torch.zeros(128, 256, dtype=torch.int8)),
+            r"shared_experts\.up_proj\.weight \(I8 .*: expected F8_E4M3 or BF16 or F16 or F32 \[128, 256\]",
         ),
         (
             replaced("model.layers.1.mlp.shared_experts.up_proj.weight_scale_inv", torch.ones(128, 2)),
@@ -178,23 +209,14 @@ def test_scales_that_are_no_scales_are_refused(served: Path, changed: Change, na
         load(served)
 
 
-@pytest.mark.parametrize("suffix", ["weight_packed", "qweight"])
-def test_packed_formats_of_others_are_refused_by_name(served: Path, changed: Change, suffix: str) -> None:
+def test_the_packing_of_gptq_and_awq_is_refused_by_name(served: Path, changed: Change) -> None:
     def repack(tensors: Tensors) -> None:
-        tensors[f"{EXPERT}.up_proj.{suffix}"] = tensors.pop(f"{EXPERT}.up_proj.weight").view(torch.int32)
+        tensors[f"{EXPERT}.up_proj.qweight"] = tensors.pop(f"{EXPERT}.up_proj.weight").view(torch.int32)
 
-    with pytest.raises(CheckpointError, match=rf"up_proj\.{suffix}: this packed format cannot be served"):
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.qweight \(I32 .*: the packing of GPTQ and AWQ cannot be served"
+    ):
         load(changed(served, repack))
-
-
-def test_fused_experts_are_sent_to_quantize(served: Path, changed: Change) -> None:
-    def fuse(tensors: Tensors) -> None:
-        for name in [name for name in tensors if name.startswith("model.layers.1.mlp.experts.")]:
-            del tensors[name]
-        tensors["model.layers.1.mlp.experts.gate_up_proj"] = torch.zeros(8, 256, 256).bfloat16()
-
-    with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj .*run `moe-forward quantize`"):
-        load(changed(served, fuse))
 
 
 def test_a_layer_without_experts_is_refused(served: Path) -> None:

@@ -11,7 +11,8 @@ from threading import Barrier
 import pytest
 import torch
 
-from moe_forward.checkpoint import PRESETS, load_shard, make_model, open_index, read_spec, resolve_model
+from moe_forward.checkpoint import PRESETS, load_shard, make_model, open_index, read_spec, resolve_model, synthetic
+from moe_forward.checkpoint.shards import Shard
 from moe_forward.checkpoint.synthetic import write_model
 from moe_forward.errors import CheckpointError
 from moe_forward.types import GateSpec
@@ -37,6 +38,39 @@ def test_weights_do_not_depend_on_the_division_into_shards(tmp_path: Path) -> No
     assert max(path.stat().st_size for path in (tmp_path / "many").glob("*.safetensors")) < 250_000
     one, many = (load_shard(tmp_path / name, read_spec(tmp_path / name), [1], range(32)) for name in ("one", "many"))
     assert all(torch.equal(a.up.codes, b.up.codes) for a, b in zip(one[1].experts, many[1].experts, strict=True))
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, 200_000])
+def test_the_number_of_threads_does_not_change_bytes(tmp_path: Path, max_shard_bytes: int | None) -> None:
+    for workers in (1, 8):
+        folder = tmp_path / str(workers)
+        write_model(PRESETS["tiny"], folder, 1, progress=False, max_shard_bytes=max_shard_bytes, workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "8")
+
+
+def test_a_large_layer_has_many_shards_for_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards: list[Shard] = []
+    monkeypatch.setattr(synthetic, "_write_at_once", lambda planned, workers, on_done: shards.extend(planned))
+    monkeypatch.setattr(synthetic, "require_space", lambda folder, needed_bytes: None)
+    for layers, most in ((1, 48), (4, 68)):
+        shards.clear()
+        write_model(PRESETS["deepseek-r1-layer"], tmp_path / str(layers), layers, progress=False)
+        assert 40 <= len(shards) <= most
+        sizes = [sum(job.work_bytes for job in shard.jobs) for shard in shards]
+        assert min(sizes[:-1]) > 0.8 * max(sizes)
+
+
+def test_a_failing_shard_ends_the_making_and_leaves_nothing_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(mean: float, generator: object, entry: object) -> torch.Tensor:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(synthetic, "_scales", fail)
+    with pytest.raises(MemoryError, match="no more"):
+        write_model(PRESETS["tiny"], tmp_path / "m", 1, progress=False, max_shard_bytes=200_000)
+    assert not list((tmp_path / "m").glob(".*.part"))
+    assert not (tmp_path / "m" / "config.json").exists()
 
 
 def test_tiny_is_a_deepseek_v3_of_three_moe_layers(tmp_path: Path) -> None:

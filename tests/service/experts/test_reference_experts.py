@@ -103,7 +103,7 @@ def test_forward_meets_the_float64_oracle(
     row_weights: torch.Tensor,
     granularity: Granularity,
 ) -> None:
-    y = experts.forward(LAYER, rows, offsets_of(COUNTS), row_weights, no_clock)
+    y = experts.forward(LAYER, rows, offsets_of(COUNTS), row_weights, 1, no_clock)
     ids = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(COUNTS))[:, None]
     arguments = (hidden, ids, row_weights[:, None], layer.experts, None, granularity)
     assert y.dtype == torch.float32
@@ -125,17 +125,17 @@ def test_neither_batch_nor_threads_change_bits(
 ) -> None:
     offsets = offsets_of(COUNTS)
     threads(2)
-    whole = experts.forward(LAYER, rows, offsets, row_weights, no_clock)
+    whole = experts.forward(LAYER, rows, offsets, row_weights, 1, no_clock)
     shared = experts.shared(LAYER, rows)
     threads(1)
-    assert torch.equal(experts.forward(LAYER, rows, offsets, row_weights, no_clock), whole)
+    assert torch.equal(experts.forward(LAYER, rows, offsets, row_weights, 1, no_clock), whole)
     assert torch.equal(experts.shared(LAYER, rows), shared)
     bounds = offsets.tolist()
     for expert in (1, 2, 4):
         counts = [int(index == expert) for index in range(EXPERTS)]
         for row in {bounds[expert], bounds[expert + 1] - 1}:
             one = slice(row, row + 1)
-            alone = experts.forward(LAYER, take(rows, one), offsets_of(counts), row_weights[one], no_clock)
+            alone = experts.forward(LAYER, take(rows, one), offsets_of(counts), row_weights[one], 1, no_clock)
             assert torch.equal(alone, whole[one])
             assert torch.equal(experts.shared(LAYER, take(rows, one)), shared[one])
 
@@ -147,8 +147,8 @@ def test_the_order_of_rows_inside_an_expert_does_not_change_bits(
     order = torch.cat(
         [low + torch.randperm(count, generator=generator) for low, count in zip(offsets.tolist(), COUNTS, strict=False)]
     )
-    whole = experts.forward(LAYER, rows, offsets, row_weights, no_clock)
-    moved = experts.forward(LAYER, take(rows, order), offsets, row_weights[order], no_clock)
+    whole = experts.forward(LAYER, rows, offsets, row_weights, 1, no_clock)
+    moved = experts.forward(LAYER, take(rows, order), offsets, row_weights[order], 1, no_clock)
     assert torch.equal(moved, whole[order])
     shuffle = torch.randperm(ROWS, generator=generator)
     assert torch.equal(experts.shared(LAYER, take(rows, shuffle)), experts.shared(LAYER, rows)[shuffle])
@@ -163,7 +163,7 @@ def test_the_number_of_ranks_does_not_change_bits(
     row_weights: torch.Tensor,
     granularity: Granularity,
 ) -> None:
-    whole = experts.forward(LAYER, rows, offsets_of(COUNTS), row_weights, no_clock)
+    whole = experts.forward(LAYER, rows, offsets_of(COUNTS), row_weights, 1, no_clock)
     size = EXPERTS // ranks
     parts = []
     for rank in range(ranks):
@@ -171,32 +171,58 @@ def test_the_number_of_ranks_does_not_change_bits(
         mine = create("reference", {LAYER: LayerExperts(layer.experts[held], None)}, granularity)
         low = sum(COUNTS[: held.start])
         span = slice(low, low + sum(COUNTS[held]))
-        parts.append(mine.forward(LAYER, take(rows, span), offsets_of(COUNTS[held]), row_weights[span], no_clock))
+        parts.append(mine.forward(LAYER, take(rows, span), offsets_of(COUNTS[held]), row_weights[span], 1, no_clock))
     assert torch.equal(torch.cat(parts), whole)
+
+
+def test_rows_of_no_expert_change_nothing_whatever_they_hold(
+    experts: Experts, rows: Quantized, row_weights: torch.Tensor
+) -> None:
+    offsets = offsets_of(COUNTS)
+    whole = experts.forward(LAYER, rows, offsets, row_weights, 1, no_clock)
+    poison = torch.full((7, HIDDEN), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)  # NaN in e4m3
+    more = Quantized(
+        torch.cat([rows.values.view(torch.uint8), poison.view(torch.uint8)]).view(torch.float8_e4m3fn),
+        torch.cat([rows.scales, torch.full((7, rows.scales.shape[1]), torch.nan)]),
+    )
+    weights = torch.cat([row_weights, torch.full((7,), torch.nan)])
+    y = experts.forward(LAYER, more, offsets, weights, 1, no_clock)
+    assert list(y.shape) == [ROWS + 7, HIDDEN]
+    assert torch.equal(y[:ROWS], whole)
+
+
+def test_tokens_are_quantized_in_the_services_granularity(experts: Experts, granularity: Granularity) -> None:
+    x = torch.randn(3, HIDDEN)
+    x[1, 5] = torch.nan
+    tokens, non_finite = experts.quantize(x)
+    expected, flagged = quantize_tokens(x, granularity)
+    assert torch.equal(tokens.values.view(torch.uint8), expected.values.view(torch.uint8))
+    assert torch.equal(tokens.scales, expected.scales)
+    assert non_finite.tolist() == flagged.tolist() == [False, True, False]
 
 
 def test_no_rows_give_no_rows(experts: Experts, rows: Quantized, granularity: Granularity) -> None:
     none = take(rows, slice(0, 0))
     empty = torch.empty(0)
-    assert list(experts.forward(LAYER, none, offsets_of([0] * EXPERTS), empty, no_clock).shape) == [0, HIDDEN]
+    assert list(experts.forward(LAYER, none, offsets_of([0] * EXPERTS), empty, 1, no_clock).shape) == [0, HIDDEN]
     assert list(experts.shared(LAYER, none).shape) == [0, HIDDEN]
     idle = create("reference", {LAYER: LayerExperts([], None)}, granularity)
-    assert list(idle.forward(LAYER, none, offsets_of([]), empty, no_clock).shape) == [0, HIDDEN]
+    assert list(idle.forward(LAYER, none, offsets_of([]), empty, 1, no_clock).shape) == [0, HIDDEN]
 
 
 def test_zero_rows_give_zero(experts: Experts, granularity: Granularity) -> None:
     rows, _ = quantize_tokens(torch.zeros(1, HIDDEN), granularity)
     counts = offsets_of([1] + [0] * (EXPERTS - 1))
-    assert not experts.forward(LAYER, rows, counts, torch.ones(1), no_clock).any()
+    assert not experts.forward(LAYER, rows, counts, torch.ones(1), 1, no_clock).any()
 
 
 def test_a_row_that_overflows_between_the_gemms_is_nan_and_alone(
     experts: Experts, hidden: torch.Tensor, row_weights: torch.Tensor, granularity: Granularity
 ) -> None:
     offsets = offsets_of(COUNTS)
-    clean = experts.forward(LAYER, quantize_tokens(hidden, granularity)[0], offsets, row_weights, no_clock)
+    clean = experts.forward(LAYER, quantize_tokens(hidden, granularity)[0], offsets, row_weights, 1, no_clock)
     hidden[5] = hidden[5] * 1e30
-    y = experts.forward(LAYER, quantize_tokens(hidden, granularity)[0], offsets, row_weights, no_clock)
+    y = experts.forward(LAYER, quantize_tokens(hidden, granularity)[0], offsets, row_weights, 1, no_clock)
     assert bool(y[5].isnan().all())
     others = torch.arange(ROWS) != 5
     assert torch.equal(y[others], clean[others])
@@ -211,7 +237,7 @@ def test_the_clock_times_three_phases_in_order(experts: Experts, rows: Quantized
         yield
         seen.append(f"-{name}")
 
-    experts.forward(LAYER, rows, offsets_of(COUNTS), row_weights, clock)
+    experts.forward(LAYER, rows, offsets_of(COUNTS), row_weights, 1, clock)
     assert seen == ["+gemm1", "-gemm1", "+activation", "-activation", "+gemm2", "-gemm2"]
 
 
@@ -220,12 +246,12 @@ def test_layers_and_rows_that_do_not_fit_are_refused(
 ) -> None:
     offsets = offsets_of(COUNTS)
     with pytest.raises(ValueError, match=r"layer: expected one of \[3\], got 4"):
-        experts.forward(4, rows, offsets, row_weights, no_clock)
+        experts.forward(4, rows, offsets, row_weights, 1, no_clock)
     other: Granularity = "token" if granularity == "token_group" else "token_group"
     with pytest.raises(ValueError, match=f"for granularity {other}"):
-        create("reference", {LAYER: layer}, other).forward(LAYER, rows, offsets, row_weights, no_clock)
+        create("reference", {LAYER: layer}, other).forward(LAYER, rows, offsets, row_weights, 1, no_clock)
     with pytest.raises(ValueError, match="offsets: expected"):
-        experts.forward(LAYER, rows, offsets[:-1], row_weights, no_clock)
+        experts.forward(LAYER, rows, offsets[:-1], row_weights, 1, no_clock)
     without = create("reference", {LAYER: LayerExperts(layer.experts, None)}, granularity)
     with pytest.raises(ValueError, match="layer: 3 has no shared expert"):
         without.shared(LAYER, rows)

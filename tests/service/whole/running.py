@@ -34,10 +34,18 @@ def command(*arguments: str) -> list[str]:
 class Service:
     """One `moe-forward serve` on ports of its own, with every process it starts marked in its environment.
 
-    model: checkpoint folder. ranks: how many. config: further keys of the configuration document.
+    model: checkpoint folder, or synthetic:NAME. ranks: how many; None: the service's own choice.
+    config: further keys of the configuration document. start_seconds: until it must be ready.
     """
 
-    def __init__(self, model: Path, ranks: int = 2, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: Path | str,
+        ranks: int | None = 2,
+        config: Mapping[str, Any] | None = None,
+        start_seconds: float = START_SECONDS,
+    ) -> None:
+        self._start_seconds = start_seconds
         # A short folder: AF_UNIX paths, Ray's too, have room for 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="moe-"))
         self.mark = uuid.uuid4().hex
@@ -80,11 +88,11 @@ class Service:
 
     def wait_ready(self) -> Service:
         """Wait until it has said where it is and takes requests; fail with its log when it ends or takes too long."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self._start_seconds
         pattern = r"at (http://\S+) \(metrics at (http://\S+)\)"
         while (found := re.search(pattern, self.greeting)) is None:
             assert self.process.poll() is None, f"serve ended with {self.process.returncode}:\n{self.log}"
-            assert time.monotonic() < deadline, f"not ready after {START_SECONDS} s:\n{self.log}"
+            assert time.monotonic() < deadline, f"not ready after {self._start_seconds} s:\n{self.log}"
             time.sleep(POLL_SECONDS)
         self.url, self.metrics_url = found.groups()
         self.wait_ready_again()

@@ -1,0 +1,85 @@
+"""What a rank's process is told at its start, and how a rank is put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_forward import exchange
+from moe_forward.cuda_graphs import CudaGraphs
+from moe_forward.experts import Experts
+from moe_forward.graphed_router import GraphedRouter
+from moe_forward.graphs import GraphedForward
+from moe_forward.layer_forward import LayerForward, TokenShape
+from moe_forward.rank import Rank
+from moe_forward.router import Router
+from moe_forward.stopwatch import Clock, start_clock
+from moe_forward.types import SCALE_GROUP, ActivationScale, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RankSetup:
+    """Everything a rank's process is told at its start.
+
+    device: cpu or cuda:0 and so on. folder: the checkpoint. socket_path: where the engine listens.
+    rendezvous: the group's meeting file. exchange, experts: names as resolved, never `auto`. threads: for torch.
+    max_tokens: rows of one step on one rank at most; on a GPU, a step with more goes in chunks.
+    max_graph_tokens: up to this many rows a GPU runs a step as a graph.
+    phase_sample_steps: a GPU rank times the phases of one step in this many; 0: of none.
+    step_timeout_seconds: of one collective. start_timeout_seconds: until the group is joined and warm.
+    """
+
+    rank: int
+    ranks: int
+    generation: int
+    device: str
+    folder: Path
+    spec: ModelSpec
+    socket_path: Path
+    rendezvous: Path
+    exchange: str
+    experts: str
+    activation_scale: ActivationScale
+    threads: int
+    max_tokens: int
+    max_graph_tokens: int
+    phase_sample_steps: int
+    step_timeout_seconds: float
+    start_timeout_seconds: float
+
+
+def join_group(setup: RankSetup, router: Router, local_experts: Experts) -> Rank:
+    """Join the group of ranks, which returns when all have, and make this rank of it."""
+    spec, device = setup.spec, torch.device(setup.device)
+    columns = 1 if setup.activation_scale == "token" else spec.hidden_size // SCALE_GROUP
+    group = exchange.create(
+        setup.exchange,
+        exchange.Place(
+            rank=setup.rank,
+            ranks=setup.ranks,
+            num_experts=spec.num_experts,
+            rendezvous=setup.rendezvous,
+            timeout_seconds=setup.step_timeout_seconds,
+            device=device,
+            hidden_size=spec.hidden_size,
+            top_k=spec.top_k,
+            max_tokens=setup.max_tokens,
+            scale_columns=columns,
+        ),
+    )
+    shared = spec.shared_intermediate_size > 0
+    shape = TokenShape(spec.hidden_size, spec.top_k, spec.num_experts, columns, shared, device)
+    plain = LayerForward(group, local_experts, shape)
+
+    def clock(step: int) -> Clock:
+        return start_clock(step, device, setup.phase_sample_steps)
+
+    if not group.pads:
+        return Rank(setup.rank, setup.ranks, spec, router, local_experts, plain, clock)
+    graph_tokens = min(setup.max_graph_tokens, setup.max_tokens) if local_experts.capturable else 0
+    graphs = CudaGraphs()
+    forward = GraphedForward(plain, setup.max_tokens, graph_tokens, setup.phase_sample_steps > 0, graphs)
+    graphed_router = GraphedRouter(router, graph_tokens, graphs)
+    return Rank(setup.rank, setup.ranks, spec, graphed_router, local_experts, forward, clock)

@@ -1,0 +1,63 @@
+"""A CPU rank put together as `rank_process` does it; where the exchange pads, graphs are plain calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from moe_forward import experts
+from moe_forward.checkpoint import LayerWeights
+from moe_forward.cuda_graphs import Work
+from moe_forward.exchange import Exchange
+from moe_forward.graphed_router import GraphedRouter
+from moe_forward.graphs import GraphedForward
+from moe_forward.layer_forward import LayerForward, TokenShape
+from moe_forward.rank import Rank
+from moe_forward.router import Router
+from moe_forward.stopwatch import Stopwatch
+from moe_forward.types import ActivationScale, ModelSpec, expert_range
+
+CPU = torch.device("cpu")
+MAX_TOKENS = 6
+MAX_GRAPH_TOKENS = 4
+
+
+def make_rank(
+    rank: int,
+    ranks: int,
+    spec: ModelSpec,
+    layers: Mapping[int, LayerWeights],
+    exchange: Exchange,
+    granularity: ActivationScale,
+) -> Rank:
+    """Make a rank of `ranks` with its part of the experts in `layers`, which has all."""
+    mine = expert_range(rank, ranks, spec.num_experts)
+    local = {
+        layer: experts.LayerExperts(weights.experts[mine.start : mine.stop], weights.shared)
+        for layer, weights in layers.items()
+    }
+    backend = experts.create("reference", local, granularity)
+    router = Router(spec, layers, CPU)
+    columns = 1 if granularity == "token" else spec.hidden_size // 128
+    shared = spec.shared_intermediate_size > 0
+    plain = LayerForward(
+        exchange, backend, TokenShape(spec.hidden_size, spec.top_k, spec.num_experts, columns, shared, CPU)
+    )
+    if not exchange.pads:
+        return Rank(rank, ranks, spec, router, backend, plain, lambda step: Stopwatch())
+    forward = GraphedForward(plain, MAX_TOKENS, MAX_GRAPH_TOKENS, timed=False, record=capture)
+    graphed_router = GraphedRouter(router, MAX_GRAPH_TOKENS, capture)
+    return Rank(rank, ranks, spec, graphed_router, backend, forward, lambda step: Stopwatch())
+
+
+def capture(work: Work) -> Work:
+    """Stand for the capture of a graph: run the work once, and again at each replay."""
+    work()
+    return work
+
+
+def without_bias(layers: Mapping[int, LayerWeights]) -> dict[int, LayerWeights]:
+    """Return layers as the softmax gate has them."""
+    return {layer: replace(weights, gate_bias=None) for layer, weights in layers.items()}

@@ -1,0 +1,63 @@
+"""A program, one process a rank: put a rank together as `rank_process` does, run steps on it, keep what it says.
+
+step_program.py FOLDER RANK. FOLDER/work.pt: slab (descriptor, bytes) of front end 0, setup (`RankSetup` of rank 0),
+kind (cpu or cuda), layers (with all experts), steps (packed). FOLDER/rank-N.pt: packed results, one a step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_forward import experts
+from moe_forward.checkpoint import LayerWeights
+from moe_forward.messages import pack, unpack
+from moe_forward.rank_setup import RankSetup, join_group
+from moe_forward.router import Router
+from moe_forward.slab_rows import attach, detach
+from moe_forward.types import Step, StepResult, expert_range
+
+
+def run_steps(
+    setup: RankSetup, layers: Mapping[int, LayerWeights], steps: list[Step], slab: tuple[int, int]
+) -> list[StepResult]:
+    """Run steps on one rank. layers: with all experts. slab: descriptor and bytes of front end 0."""
+    device = torch.device(setup.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    mine = expert_range(setup.rank, setup.ranks, setup.spec.num_experts)
+    held = {
+        layer: experts.LayerExperts(weights.experts[mine.start : mine.stop], weights.shared)
+        for layer, weights in layers.items()
+    }
+    backend = experts.create(setup.experts, held, setup.activation_scale, device)
+    rank = join_group(setup, Router(setup.spec, layers, device), backend)
+    rank.warm_up()
+    memory = attach(*slab, device)
+    results = [rank.step(step, {0: memory}) for step in steps]
+    detach(memory, device)
+    rank.close()
+    return results
+
+
+def main() -> None:
+    folder, number = Path(sys.argv[1]), int(sys.argv[2])
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    work: dict[str, Any] = torch.load(folder / "work.pt", weights_only=False)
+    device = f"cuda:{number}" if work["kind"] == "cuda" else "cpu"
+    setup = replace(work["setup"], rank=number, device=device)
+    steps = [step for data in work["steps"] if isinstance(step := unpack(memoryview(data)), Step)]
+    results = run_steps(setup, work["layers"], steps, work["slab"])
+    torch.save([pack(result) for result in results], folder / f"rank-{number}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""Padding, chunks and replays of a step, on CPU: a graph is work that was run once and is run again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_forward import cuda_graphs
+from moe_forward.checkpoint import LayerWeights
+from moe_forward.cuda_graphs import Work
+from moe_forward.errors import StartError
+from moe_forward.exchange import Dispatched
+from moe_forward.experts import PhaseClock
+from moe_forward.graphed_router import GraphedRouter
+from moe_forward.graphs import GraphedForward
+from moe_forward.layer_forward import LayerForward, TokenShape
+from moe_forward.router import Router, Routes
+from moe_forward.stopwatch import DeviceStopwatch, Event, Untimed
+from moe_forward.types import GateSpec, ModelSpec
+from w4afp8 import Quantized
+
+H, K, E = 128, 2, 5
+CPU = torch.device("cpu")
+LAYERS = (3, 7)
+MAX_TOKENS, MAX_GRAPH_TOKENS = 100, 8
+
+
+class Ring:
+    """An exchange and experts of one rank that want one T, and remember what they saw.
+
+    A row is its token's values times its scale times the layer; a shared expert adds 1000.
+    """
+
+    name = "ring"
+    pads = True
+    capturable = True
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+        self.layers: list[int] = []
+        self.fails_at = 0
+
+    def dispatch(self, tokens: Quantized, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
+        count = len(topk_ids)
+        if count == self.fails_at:
+            raise RuntimeError("out of something")
+        self.counts.append(count)
+        live = topk_ids >= 0
+        assert bool((live.all(1) | ~live.any(1)).all()), "a token has either experts or none"
+        offsets = torch.tensor([0, int(live.sum())])
+        return Dispatched(tokens, offsets, topk_weights, 1, live[:, 0])
+
+    def combine(self, rows: Tensor, handle: Tensor) -> Tensor:
+        return rows.masked_fill(~handle[:, None], 0.0)
+
+    def forward(
+        self, layer: int, rows: Quantized, offsets: Tensor, row_weights: Tensor, expected_rows: int, clock: PhaseClock
+    ) -> Tensor:
+        self.layers.append(layer)
+        with clock("gemm1"):
+            return rows.values.float() * rows.scales * layer
+
+    def shared(self, layer: int, rows: Quantized) -> Tensor:
+        return torch.full(rows.values.shape, 1000.0)
+
+    def quantize(self, x: Tensor) -> tuple[Quantized, Tensor]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.counts.append(-1)
+
+
+class Recorder:
+    """Captures by running the work, and counts what is replayed."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replayed = 0
+
+    def __call__(self, work: Work) -> Work:
+        work()
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay
+
+
+class Ticking:
+    """Events of a clock that counts how often it was looked at."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self, phase: str) -> tuple[Event, Event]:
+        return Tick(self), Tick(self)
+
+
+class Tick:
+    def __init__(self, clock: Ticking) -> None:
+        self._clock = clock
+        self.at = 0.0
+
+    def record(self) -> None:
+        self._clock.now += 1.0
+        self.at = self._clock.now
+
+    def elapsed_time(self, end_event: Event, /) -> float:
+        assert isinstance(end_event, Tick)
+        return end_event.at - self.at
+
+
+@pytest.fixture
+def ring() -> Ring:
+    return Ring()
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def forward(ring: Ring, recorder: Recorder) -> GraphedForward:
+    shape = TokenShape(H, K, E, 1, True, CPU)
+    made = GraphedForward(
+        LayerForward(ring, ring, shape), MAX_TOKENS, MAX_GRAPH_TOKENS, timed=True, record=recorder, pair=Ticking()
+    )
+    made.warm_up(LAYERS)
+    ring.counts.clear()
+    recorder.replayed = 0
+    return made
+
+
+def tokens_of(count: int) -> tuple[Quantized, Tensor, Tensor]:
+    values = torch.arange(1, H + 1).remainder(7).float().repeat(count, 1).to(torch.float8_e4m3fn)
+    scales = torch.arange(1, count + 1).float()[:, None]
+    return Quantized(values, scales), torch.arange(K).repeat(count, 1), torch.ones(count, K)
+
+
+def expected(tokens: Quantized, layer: int) -> Tensor:
+    return tokens.values.float() * tokens.scales * layer
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "sizes"),
+    [
+        (1, (1,)),
+        (6, (1, 2, 4, 6)),
+        (64, (1, 2, 4, 8, 16, 32, 64)),
+        (100, (1, 2, 4, 8, 16, 32, 64, 96, 100)),
+        (128, (1, 2, 4, 8, 16, 32, 64, 96, 128)),
+        (1024, (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512, 1024)),
+        (1025, (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512, 1024, 1025)),
+    ],
+)
+def test_buckets_double_and_end_at_the_maximum(max_tokens: int, sizes: tuple[int, ...]) -> None:
+    assert cuda_graphs.buckets(max_tokens) == sizes
+
+
+@pytest.mark.parametrize(("count", "bucket"), [(1, 1), (3, 4), (8, 8), (9, 16), (65, 96), (97, 100), (100, 100)])
+def test_a_step_is_padded_to_its_bucket_and_replayed_where_that_is_small(
+    forward: GraphedForward, ring: Ring, recorder: Recorder, count: int, bucket: int
+) -> None:
+    tokens, ids, weights = tokens_of(count)
+    routed_rows = torch.zeros(1, dtype=torch.int64)
+    output = forward.forward(7, tokens, ids, weights, None, Untimed(), routed_rows=routed_rows)
+    assert torch.equal(output, expected(tokens, 7))
+    assert ring.counts == [bucket]
+    assert recorder.replayed == (1 if bucket <= MAX_GRAPH_TOKENS else 0)
+    assert int(routed_rows) == count * K
+
+
+@pytest.mark.parametrize("mine", [0, 2, 3])
+def test_the_bucket_comes_from_the_fullest_rank_not_from_this_one(
+    forward: GraphedForward, ring: Ring, mine: int
+) -> None:
+    forward.forward(3, *tokens_of(16), None, Untimed())  # leaves something in the buffers
+    tokens, ids, weights = tokens_of(mine)
+    routed_rows = torch.zeros(1, dtype=torch.int64)
+    output = forward.forward(3, tokens, ids, weights, None, Untimed(), most_tokens=9, routed_rows=routed_rows)
+    assert output.shape == (mine, H)
+    assert torch.equal(output, expected(tokens, 3))
+    assert ring.counts == [16, 16]
+    assert int(routed_rows) == mine * K
+
+
+@pytest.mark.parametrize(
+    ("most", "mine", "buckets"),
+    [(101, 101, [100, 1]), (101, 100, [100, 1]), (250, 250, [100, 100, 64]), (250, 0, [100, 100, 64])],
+)
+def test_more_than_the_largest_bucket_goes_in_as_many_chunks_on_every_rank(
+    forward: GraphedForward, ring: Ring, most: int, mine: int, buckets: list[int]
+) -> None:
+    tokens, ids, weights = tokens_of(mine)
+    shared = torch.arange(mine) % 2 == 0
+    routed_rows = torch.zeros(1, dtype=torch.int64)
+    output = forward.forward(7, tokens, ids, weights, shared, Untimed(), most_tokens=most, routed_rows=routed_rows)
+    assert torch.equal(output, expected(tokens, 7) + 1000.0 * shared[:, None])
+    assert ring.counts == buckets
+    assert int(routed_rows) == mine * K
+
+
+@pytest.mark.parametrize("count", [3, 50])
+def test_shared_experts_reach_the_tokens_that_want_them_and_no_later_step(forward: GraphedForward, count: int) -> None:
+    tokens, ids, weights = tokens_of(count)
+    shared = torch.arange(count) % 3 == 1
+    first = forward.forward(3, tokens, ids, weights, shared, Untimed()).clone()
+    second = forward.forward(3, tokens, ids, weights, None, Untimed())
+    assert torch.equal(first, expected(tokens, 3) + 1000.0 * shared[:, None])
+    assert torch.equal(second, expected(tokens, 3))
+
+
+def test_layers_and_sizes_replay_in_any_order(forward: GraphedForward, ring: Ring) -> None:
+    for layer, count in [(3, 8), (7, 1), (3, 2), (7, 8), (3, 1), (7, 4), (3, 8)]:
+        tokens, ids, weights = tokens_of(count)
+        assert torch.equal(forward.forward(layer, tokens, ids, weights, None, Untimed()), expected(tokens, layer))
+        assert ring.layers[-1] == layer
+
+
+def test_a_timed_step_replays_its_own_graph_and_reads_its_events(forward: GraphedForward, recorder: Recorder) -> None:
+    for count, replays in ((4, 1), (50, 0)):
+        recorder.replayed = 0
+        clock = DeviceStopwatch(Ticking())
+        forward.forward(3, *tokens_of(count), torch.ones(count, dtype=torch.bool), clock)
+        phases = [span.phase for span in clock.spans]
+        assert phases == ["dispatch", "gemm1", "combine", "shared_experts"]
+        assert sum(clock.phase_seconds) == pytest.approx(4e-3)
+        assert recorder.replayed == replays
+
+
+def test_a_timed_step_of_several_chunks_counts_all_of_them(forward: GraphedForward, recorder: Recorder) -> None:
+    clock = DeviceStopwatch(Ticking())
+    tokens, ids, weights = tokens_of(201)
+    output = forward.forward(3, tokens, ids, weights, None, clock)
+    assert torch.equal(output, expected(tokens, 3))
+    assert [span.phase for span in clock.spans] == ["dispatch", "gemm1", "combine"] * 3
+    assert recorder.replayed == 0, "graphs share their events, so the second chunk would overwrite the first"
+
+
+def test_warm_up_runs_every_bucket_and_captures_the_small_ones(ring: Ring, recorder: Recorder) -> None:
+    forward = GraphedForward(
+        LayerForward(ring, ring, TokenShape(H, K, E, 1, False, CPU)), 16, 4, timed=False, record=recorder
+    )
+    forward.warm_up(LAYERS)
+    assert recorder.captured == 3 * len(LAYERS)
+    assert recorder.replayed == recorder.captured, "each graph was tried"
+    assert sorted(set(ring.counts)) == [1, 2, 4, 8, 16]
+    assert ring.counts[0] == 16, "the largest bucket takes the memory that the others use again"
+    forward.close()
+    assert ring.counts[-1] == -1
+
+
+def test_without_graphs_steps_are_still_padded(ring: Ring, recorder: Recorder) -> None:
+    forward = GraphedForward(
+        LayerForward(ring, ring, TokenShape(H, K, E, 1, False, CPU)), 16, 0, timed=True, record=recorder
+    )
+    forward.warm_up(LAYERS)
+    tokens, ids, weights = tokens_of(5)
+    assert torch.equal(forward.forward(3, tokens, ids, weights, None, Untimed()), expected(tokens, 3))
+    assert ring.counts[-1] == 8
+    assert recorder.captured == 0
+
+
+def test_what_fails_while_warming_up_is_named_by_layer_and_bucket(ring: Ring, recorder: Recorder) -> None:
+    ring.fails_at = 32
+    forward = GraphedForward(
+        LayerForward(ring, ring, TokenShape(H, K, E, 1, False, CPU)), 64, 64, timed=False, record=recorder
+    )
+    with pytest.raises(StartError, match="layer 3 for 32 tokens a rank failed: RuntimeError: out of something"):
+        forward.warm_up(LAYERS)
+
+
+ROUTED = ModelSpec("routed", 64, 128, 16, 3, 0, LAYERS, 128, GateSpec("deepseek_v3", 4, 2, True, 2.5))
+
+
+@pytest.fixture
+def router() -> Router:
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(seed: int) -> LayerWeights:
+        weight = torch.randn(16, 64, generator=generator) + seed
+        return LayerWeights((), None, weight, torch.randn(16, generator=generator) * 0.1)
+
+    return Router(ROUTED, {number: layer(number) for number in LAYERS}, CPU)
+
+
+def same(left: Routes, right: Routes) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 40])
+def test_replayed_routes_have_the_bits_of_the_routers_own(router: Router, recorder: Recorder, count: int) -> None:
+    graphed = GraphedRouter(router, MAX_GRAPH_TOKENS, recorder)
+    graphed.warm_up()
+    generator = torch.Generator().manual_seed(1)
+    hidden, logits = torch.randn(count, 64, generator=generator), torch.randn(count, 16, generator=generator)
+    kept = []
+    for layer in (3, 7, 7, 3):
+        recorder.replayed = 0
+        kept.append((layer, graphed.by_hidden(layer, hidden), graphed.by_logits(layer, logits)))
+        assert recorder.replayed == (2 if count <= MAX_GRAPH_TOKENS else 0)
+    for layer, by_hidden, by_logits in kept:
+        assert same(by_hidden, router.by_hidden(layer, hidden)), "a later call changed an earlier result"
+        assert same(by_logits, router.by_logits(layer, logits))
+    assert not same(kept[0][1], kept[1][1])
+
+
+def test_rows_with_logits_that_are_not_finite_are_flagged_and_alone(router: Router, recorder: Recorder) -> None:
+    graphed = GraphedRouter(router, MAX_GRAPH_TOKENS, recorder)
+    graphed.warm_up()
+    logits = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    clean = graphed.by_logits(3, logits)
+    logits[2, 5] = torch.nan
+    routes = graphed.by_logits(3, logits)
+    assert routes.non_finite.tolist() == [False, False, True, False]
+    assert bool(((routes.ids >= 0) & (routes.ids < 16)).all())
+    for row in (0, 1, 3):
+        assert torch.equal(routes.ids[row], clean.ids[row])
+        assert torch.equal(routes.weights[row], clean.weights[row])
+
+
+def test_a_router_without_graphs_routes_too(router: Router, recorder: Recorder) -> None:
+    graphed = GraphedRouter(router, 0, recorder)
+    graphed.warm_up()
+    hidden = torch.ones(2, 64)
+    assert same(graphed.by_hidden(3, hidden), router.by_hidden(3, hidden))
+    assert recorder.captured == 0

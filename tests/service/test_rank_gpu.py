@@ -1,0 +1,258 @@
+"""Whole steps on GPUs, from the slab and back, against the specification; and the same program tried on CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_forward.exchange.deepep_package import missing_deepep
+from moe_forward.messages import pack, unpack
+from moe_forward.rank_setup import RankSetup
+from moe_forward.types import PHASES, DType, Routing, StepResult
+
+from .desk import Desk
+from .step_program import run_steps
+from .step_traffic import LAYER, ON_CPU, ON_GPU, Sent, Shape, Traffic, make_layers
+
+PROGRAM = Path(__file__).with_name("step_program.py")
+GUARD_SECONDS = 300.0  # against tests that never end, not a measurement
+LAYER_TOLERANCE = 6e-3
+SAMPLE_STEPS = 3
+MAX_TOKENS = {ON_GPU: 2048, ON_CPU: 16}  # more goes in chunks
+MAX_GRAPH_TOKENS = {ON_GPU: 512, ON_CPU: 8}
+
+
+@dataclass
+class Done:
+    """Steps that were done, what the ranks said of them, and which requests are compared with what."""
+
+    traffic: Traffic
+    device: torch.device
+    words: list[list[StepResult]] = field(default_factory=list)
+    exact: dict[str, Sent] = field(default_factory=dict)
+    same: dict[str, list[Sent]] = field(default_factory=dict)
+    spoiled: int = -1
+    requantized: int = -1
+
+
+def prepare(shape: Shape, ranks: int, device: torch.device, desk: Desk) -> Done:
+    """Lay down everything that is asked of a rank."""
+    traffic = Traffic(shape, ranks, desk)
+    done = Done(traffic, device)
+
+    def exact(name: str, sent: Sent) -> Sent:
+        done.exact[name] = sent
+        return sent
+
+    for size in shape.sizes:
+        tokens = size * ranks - (ranks > 1 and size > 1)  # ranks get uneven parts
+        traffic.step(exact(f"{size} tokens a rank", traffic.send(tokens, seed=size)))
+    traffic.step(exact("fewer tokens than ranks", traffic.send(1, seed=901)))
+    tokens, top_k, experts = 40 * ranks, shape.top_k, shape.experts
+    others = torch.stack([torch.randperm(experts - 1)[: top_k - 1] for _ in range(tokens)])
+    hot = torch.cat([torch.full((tokens, 1), experts - 1), others], dim=1)
+    traffic.step(exact("one hot expert", traffic.send(tokens, seed=902, ids=hot)))
+    few = max(top_k, experts // ranks)
+    hot = torch.stack([torch.randperm(few)[:top_k] for _ in range(tokens)])
+    traffic.step(exact("one hot rank", traffic.send(tokens, seed=903, ids=hot)))
+
+    kinds = {
+        "bf16": traffic.send(7, seed=1),
+        "f16, the layer's gate": traffic.send(5, 2, DType.F16, Routing.SERVER),
+        "f32, the client's logits": traffic.send(3, 3, DType.F32, Routing.LOGITS),
+        "fp8, one scale a token": traffic.send(4, 4, DType.F8_E4M3, shared=False),
+        "fp8, scales for groups, the layer's gate": traffic.send(6, 5, DType.F8_E4M3, Routing.SERVER, scales="group"),
+    }
+    for name, sent in kinds.items():
+        done.same[name] = [exact(name, sent)]
+        traffic.step(sent)
+    large = max(shape.sizes[-2], MAX_GRAPH_TOKENS[shape] + 1) * ranks
+    for company in (0, 9, 100, large):  # in graphs of other sizes, and beyond them; first, in the middle, last
+        again = {name: traffic.again(sent) for name, sent in kinds.items()}
+        for name, sent in again.items():
+            done.same[name].append(sent)
+        batch = list(again.values())[:: -1 if company == 9 else 1]
+        others_sent = [traffic.send(company, seed=1000 + company)] if company else []
+        number = traffic.step(*batch[:2], *others_sent, *batch[2:])
+        if company == 100:
+            done.requantized = number
+    done.same["repeated"] = [kinds["bf16"]]
+    for _ in range(shape.repetitions):
+        done.same["repeated"].append(traffic.again(kinds["bf16"]))
+        traffic.step(done.same["repeated"][-1], kinds["f32, the client's logits"])
+    bad = traffic.send(3, seed=905, routing=Routing.SERVER, spoil=True)
+    for name in ("bf16", "f16, the layer's gate"):
+        done.same[name].append(traffic.again(kinds[name]))
+    done.spoiled = traffic.step(done.same["bf16"][-1], bad, done.same["f16, the layer's gate"][-1])
+    return done
+
+
+def setup_of(shape: Shape, ranks: int, exchange: str, kind: str, rendezvous: Path, graphs: bool = True) -> RankSetup:
+    on_gpu = kind == "cuda"
+    return RankSetup(
+        rank=0,
+        ranks=ranks,
+        generation=1,
+        device="cuda:0" if on_gpu else "cpu",
+        folder=rendezvous,
+        spec=shape.spec,
+        socket_path=rendezvous,
+        rendezvous=rendezvous,
+        exchange=exchange,
+        experts="cutlass" if on_gpu else "reference",
+        activation_scale="token",
+        threads=1,
+        max_tokens=MAX_TOKENS[shape],
+        max_graph_tokens=MAX_GRAPH_TOKENS[shape] if graphs else 0,
+        phase_sample_steps=SAMPLE_STEPS,
+        step_timeout_seconds=120.0,
+        start_timeout_seconds=GUARD_SECONDS,
+    )
+
+
+def run_in_processes(done: Done, setup: RankSetup, kind: str, folder: Path) -> None:
+    """Run the traffic's steps on one process a rank."""
+    slab = done.traffic.desk.slab
+    os.set_inheritable(slab.fd, True)
+    work = {
+        "slab": (slab.fd, slab.nbytes),
+        "setup": setup,
+        "kind": kind,
+        "layers": make_layers(done.traffic.shape),
+        "steps": [pack(step) for step in done.traffic.steps],
+    }
+    torch.save(work, folder / "work.pt")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    logs = [folder / f"rank-{rank}.log" for rank in range(setup.ranks)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            command = [sys.executable, str(PROGRAM), str(folder), str(rank)]
+            with log.open("wb") as out:
+                processes.append(
+                    subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, pass_fds=[slab.fd])
+                )
+        end = time.monotonic() + GUARD_SECONDS
+        while time.monotonic() < end and any(process.poll() is None for process in processes):
+            if any(process.returncode for process in processes):
+                end = min(end, time.monotonic() + 5.0)  # the others wait in a collective: what have they to say?
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    said = "\n".join(f"rank {rank}: {log.read_text()[-3000:]}" for rank, log in enumerate(logs))
+    assert [process.returncode for process in processes] == [0] * setup.ranks, said
+    loaded = [torch.load(folder / f"rank-{rank}.pt") for rank in range(setup.ranks)]
+    for datagrams in zip(*loaded, strict=True):
+        words = [unpack(memoryview(datagram)) for datagram in datagrams]
+        done.words.append([word for word in words if isinstance(word, StepResult)])
+
+
+ways = [
+    pytest.param(("local", "cuda"), marks=pytest.mark.gpu, id="local on a GPU"),
+    pytest.param(("nccl", "cuda"), marks=pytest.mark.multigpu, id="nccl on GPUs"),
+    pytest.param(("deepep", "cuda"), marks=pytest.mark.multigpu, id="deepep on GPUs"),
+    pytest.param(("gloo", "cpu"), id="gloo on CPU"),
+    pytest.param(("nccl", "cpu"), id="nccl's code on CPU"),
+]
+
+
+@pytest.fixture(scope="module", params=ways)
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    """All steps of one exchange, done once."""
+    exchange, kind = request.param
+    if exchange == "deepep" and (missing := missing_deepep()):
+        pytest.skip(missing)
+    folder = tmp_path_factory.mktemp(exchange)
+    on_gpu = kind == "cuda"
+    shape = ON_GPU if on_gpu else ON_CPU
+    ranks = 1 if exchange == "local" else torch.cuda.device_count() if on_gpu else 2
+    desk = Desk((32 << 20) * ranks if on_gpu else 16 << 20)
+    made = prepare(shape, ranks, torch.device("cuda:0" if on_gpu else "cpu"), desk)
+    setup = setup_of(shape, ranks, exchange, kind, folder / "group")
+    if exchange == "local":
+        slab = (desk.slab.fd, desk.slab.nbytes)
+        made.words = [[word] for word in run_steps(setup, make_layers(shape), made.traffic.steps, slab)]
+    else:
+        run_in_processes(made, setup, kind, folder)
+    yield made
+    desk.slab.close()
+
+
+def test_outputs_are_the_specifications_at_every_size_skew_and_input_type(done: Done) -> None:
+    errors = {name: done.traffic.error(sent, done.device) for name, sent in done.exact.items()}
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert {name: error for name, error in errors.items() if not error <= LAYER_TOLERANCE} == {}
+
+
+def test_a_token_has_the_same_bits_alone_in_any_company_at_any_size_and_every_time(done: Done) -> None:
+    for name, sent in done.same.items():
+        different = [index for index, other in enumerate(sent) if not done.traffic.same_bits(sent[0], other)]
+        assert different == [], f"{name}: {len(different)} of {len(sent)}"
+
+
+def test_ranks_report_the_rows_they_computed(done: Done) -> None:
+    for step, words in zip(done.traffic.steps, done.words, strict=True):
+        assert [word.rank for word in words] == list(range(done.traffic.ranks))
+        assert {word.step for word in words} == {step.step}
+        assert {word.error for word in words} == {""}
+        assert sum(word.routed_rows for word in words) == step.tokens * done.traffic.shape.top_k
+    assert sum(word.requantized_tokens for word in done.words[done.requantized]) == 6
+
+
+def test_nan_is_found_in_its_request_alone(done: Done) -> None:
+    for number, words in enumerate(done.words):
+        found = {index for word in words for index in word.non_finite}
+        assert found == ({1} if number == done.spoiled else set())
+
+
+def test_phases_are_timed_in_sampled_steps_only(done: Done) -> None:
+    for number, words in enumerate(done.words):
+        for word in words:
+            if done.device.type == "cuda" and number % SAMPLE_STEPS:
+                assert word.phase_seconds == ()
+            else:
+                seconds = dict(zip(PHASES, word.phase_seconds, strict=True))
+                assert min(seconds[phase] for phase in ("dispatch", "combine", "host_copy")) > 0
+                assert max(seconds.values()) < 10
+
+
+@pytest.mark.gpu
+def test_graphs_change_no_bits(tmp_path: Path) -> None:
+    outputs = []
+    for graphs in (True, False):
+        desk = Desk(64 << 20)
+        traffic = Traffic(ON_GPU, 1, desk)
+        sent = [
+            traffic.send(tokens, seed=tokens, routing=routing)
+            for tokens in (1, 2, 7, 64, 100, 200)
+            for routing in (Routing.SERVER, Routing.TOPK)
+        ]
+        for item in sent:
+            traffic.step(item)
+        setup = setup_of(ON_GPU, 1, "local", "cuda", tmp_path / f"group-{graphs}", graphs)
+        run_steps(setup, make_layers(ON_GPU), traffic.steps, (desk.slab.fd, desk.slab.nbytes))
+        outputs.append([traffic.output(item) for item in sent])
+        desk.slab.close()
+    for graphed, eager in zip(*outputs, strict=True):
+        assert torch.equal(graphed, eager)
+
+
+@pytest.mark.gpu
+def test_routing_on_a_gpu_has_the_bits_of_routing_on_a_cpu() -> None:
+    from moe_forward.router import Router
+
+    layers, spec = make_layers(ON_GPU), ON_GPU.spec
+    hidden = torch.randn(300, spec.hidden_size, generator=torch.Generator().manual_seed(0))
+    cpu = Router(spec, layers, torch.device("cpu")).by_hidden(LAYER, hidden)
+    gpu = Router(spec, layers, torch.device("cuda")).by_hidden(LAYER, hidden.cuda())
+    assert all(torch.equal(one, other.cpu()) for one, other in zip(cpu, gpu, strict=True))
