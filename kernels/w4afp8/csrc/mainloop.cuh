@@ -21,7 +21,7 @@ struct Format {
   static constexpr int prefill_cap(bool group_scale) {
     if (kScales == 4) return 128;
     if (kCodes == Codes::kFp8) return group_scale ? 128 : 160;
-    return group_scale ? 160 : 176;
+    return kCodes == Codes::kInt4Full || group_scale ? 160 : 176;
   }
 };
 

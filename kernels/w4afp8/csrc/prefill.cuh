@@ -46,14 +46,17 @@ W4AFP8_INLINE void prefill_tile(const GemmParams& p, const PrefillRing<F>& ring,
   write_tile<kTokens, kEpilogue, !kGroupScale>(p, slot, acc);
 }
 
-// Sizes of tiles, finest where most of prefill's tiles are. With twice as many the compiler stops inlining, and then
-// serialises wgmma.
-constexpr int next_smaller(int tokens) { return tokens > 96 ? tokens - 8 : tokens - 32; }
+// Sizes of tiles: for the format that most checkpoints have finest where most of prefill's tiles are, for the others as
+// few as keep the build short. With twice as many the compiler stops inlining, and then serialises wgmma.
+template <class F>
+constexpr int next_smaller(int tokens) {
+  return F::kCodes == Codes::kInt4 && tokens > 96 ? tokens - 8 : tokens - 32;
+}
 
 // The tile of the fewest tokens that has room for `rows`.
 template <int kTokens, bool kGroupScale, Epilogue kEpilogue, class F>
 W4AFP8_INLINE void prefill_tile_for(int rows, const GemmParams& p, const PrefillRing<F>& ring, Cursor& ahead, const Slot& slot) {
-  if constexpr (constexpr int kFewer = next_smaller(kTokens); kFewer > 0) {
+  if constexpr (constexpr int kFewer = next_smaller<F>(kTokens); kFewer > 0) {
     if (rows <= kFewer) {
       prefill_tile_for<kFewer, kGroupScale, kEpilogue, F>(rows, p, ring, ahead, slot);
       return;
