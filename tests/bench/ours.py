@@ -54,7 +54,7 @@ class Bench:
             return grouped_gemm(x, weights[copy][0], offsets, epilogue="swiglu")
 
         def down(copy: int, tokens: Quantized) -> torch.Tensor:
-            return grouped_gemm(tokens, weights[copy][1], offsets, row_weights=row_weights)
+            return grouped_gemm(tokens, weights[copy][1], offsets, row_weights=row_weights, early_start=True)
 
         def pair(copy: int) -> None:
             gate_up(copy)

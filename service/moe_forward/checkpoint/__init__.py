@@ -1,4 +1,4 @@
-"""Checkpoints: read, load, quantize, make and describe model folders in the DeepSeek-R1-W4AFP8 layout."""
+"""Checkpoints: read, load, quantize, make and describe model folders."""
 
 from __future__ import annotations
 

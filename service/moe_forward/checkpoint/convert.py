@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 
-from moe_forward.checkpoint.expected import Part
 from moe_forward.checkpoint.index import TensorInfo
 from moe_forward.checkpoint.layout import BLOCK, GROUP_SIZE
 from moe_forward.checkpoint.mapped import MappedFiles
+from moe_forward.checkpoint.matrices import Part
 from moe_forward.checkpoint.plan import Conversion
 from moe_forward.errors import CheckpointError
 from w4afp8 import Fp8BlockWeight, dequantize_fp8_block, quantize_fp8_block, quantize_int4

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import prod
-from typing import Literal, NamedTuple, NoReturn
+from typing import NoReturn
 
 from moe_forward.checkpoint.compressed_tensors import CODES_PER_WORD
 from moe_forward.checkpoint.index import CheckpointIndex, TensorInfo
@@ -22,6 +22,7 @@ from moe_forward.checkpoint.layout import (
     mixtral_spelling,
     shared_matrix,
 )
+from moe_forward.checkpoint.matrices import Gate, LayerTensors, Matrix, Part
 from moe_forward.errors import CheckpointError
 from moe_forward.types import ModelSpec
 
@@ -31,76 +32,6 @@ ACTIVATION_ORDERS = ("weight_g_idx", "g_idx")
 PACKED = "weight_packed"
 PACKED_SCALES = "weight_scale"
 PACKED_SHAPE = "weight_shape"
-
-
-class Part(NamedTuple):
-    """Rows [first, last) of one expert in a tensor [E, N, K]."""
-
-    expert: int
-    first: int
-    last: int
-
-
-class Matrix(NamedTuple):
-    """A matrix as the checkpoint has it, and what it becomes.
-
-    values, scales: its tensors; scales are None where it is not quantized.
-    to: `keep` what is served as it is, `decode` the words of compressed-tensors, quantize to `int4` or `fp8`.
-    held_bytes: of what is served. part: where `values` holds more than this matrix.
-    """
-
-    values: TensorInfo
-    scales: TensorInfo | None
-    to: Literal["keep", "decode", "int4", "fp8"]
-    held_bytes: int
-    part: Part | None = None
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """Its one or two tensors."""
-        return (self.values,) if self.scales is None else (self.values, self.scales)
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of the files that it is made from."""
-        return part_bytes(self.values, self.part) + (0 if self.scales is None else self.scales.size_bytes)
-
-
-class Gate(NamedTuple):
-    """A router. bias: None for gates that have none."""
-
-    weight: TensorInfo
-    bias: TensorInfo | None
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """Its one or two tensors."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-
-class LayerTensors(NamedTuple):
-    """One MoE layer. experts: gate, up, down of each wanted expert; shared: the same, empty without shared expert."""
-
-    experts: tuple[tuple[Matrix, ...], ...]
-    shared: tuple[Matrix, ...]
-    gate: Gate
-
-    def matrices(self) -> Iterator[Matrix]:
-        """Every matrix of the experts, the shared one last."""
-        for expert in (*self.experts, self.shared):
-            yield from expert
-
-    def tensors(self) -> Iterator[TensorInfo]:
-        """Every tensor of the layer; a fused one comes as often as it has parts."""
-        for matrix in self.matrices():
-            yield from matrix.tensors
-        yield from self.gate.tensors
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of what is served; the router as the file has it."""
-        gate_bytes = sum(tensor.size_bytes for tensor in self.gate.tensors)
-        return gate_bytes + sum(matrix.held_bytes for matrix in self.matrices())
 
 
 def layer_tensors(index: CheckpointIndex, spec: ModelSpec, layer: int, experts: range) -> LayerTensors:
@@ -120,11 +51,6 @@ def layer_tensors(index: CheckpointIndex, spec: ModelSpec, layer: int, experts: 
         tuple(_shared(index, spec, layer, name) for name in PROJECTIONS if intermediate),
         _gate(index, spec, spell, layer),
     )
-
-
-def part_bytes(info: TensorInfo, part: Part | None) -> int:
-    """Bytes of a tensor, or of a part of it."""
-    return info.size_bytes if part is None else info.size_bytes // prod(info.shape[:2]) * (part.last - part.first)
 
 
 def fused_name(layer: int, projection: str) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_forward.checkpoint.expected import LayerTensors, layer_tensors
+from moe_forward.checkpoint.expected import layer_tensors
 from moe_forward.checkpoint.index import CheckpointIndex, open_index
 from moe_forward.checkpoint.layout import read_spec
+from moe_forward.checkpoint.matrices import LayerTensors
 from moe_forward.errors import CheckpointError
 from moe_forward.types import ModelSpec, expert_range
 

@@ -6,8 +6,9 @@ What is not served as the file has it is made on the way, expert by expert, and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import torch
 
 from moe_forward.checkpoint.compressed_tensors import clear_unscaled, decode
 from moe_forward.checkpoint.convert import quantize_matrix
-from moe_forward.checkpoint.expected import Gate, LayerTensors, Matrix, layer_tensors
+from moe_forward.checkpoint.expected import layer_tensors
 from moe_forward.checkpoint.index import TensorInfo, open_index
 from moe_forward.checkpoint.mapped import MappedFiles, read_ahead
+from moe_forward.checkpoint.matrices import Gate, LayerTensors, Matrix
 from moe_forward.checkpoint.shards import available_cores
 from moe_forward.errors import CheckpointError
 from moe_forward.types import ModelSpec
@@ -90,10 +92,7 @@ def load_shard(
     if read:
         done_bytes = sum(_read_bytes(plan.shared) + _size_bytes(plan.gate.tensors) for plan in plans.values())
         total_bytes += done_bytes
-    threads_before = torch.get_num_threads()
-    # one thread for each reader: torch would start a team in each of them
-    pool = ThreadPoolExecutor(min(MAX_READERS, available_cores()), initializer=torch.set_num_threads, initargs=(1,))
-    try:
+    with _readers() as pool:
         shared = {layer: pool.submit(_shared, files, plan.shared, read) for layer, plan in plans.items()}
         gates = {layer: _gate(files, plan.gate) for layer, plan in plans.items()}
         futures = {pool.submit(_expert, files, matrices): place for place, matrices in waiting.items()}
@@ -104,15 +103,24 @@ def load_shard(
             if on_progress is not None:
                 on_progress(done_bytes, total_bytes)
         others = {layer: (shared[layer].result(), *gates[layer]) for layer in plans}
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads_before)  # the readers' setting is the default of later threads
     if on_progress is not None and read and not futures:
         on_progress(done_bytes, total_bytes)
     return {
         layer: LayerWeights(tuple(loaded[layer, number] for number in range(len(plan.experts))), *others[layer])
         for layer, plan in plans.items()
     }
+
+
+@contextmanager
+def _readers() -> Iterator[ThreadPoolExecutor]:
+    """Start threads that read and quantize; torch would start a team of its own in each of them."""
+    threads_before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(min(MAX_READERS, available_cores()), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads_before)  # the readers' setting is the default of later threads
 
 
 def _tell_of_quantization(folder: Path, plans: Mapping[int, LayerTensors]) -> None:

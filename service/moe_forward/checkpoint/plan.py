@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moe_forward.checkpoint.expected import FLOATS, Part
+from moe_forward.checkpoint.expected import FLOATS
 from moe_forward.checkpoint.index import CheckpointIndex, TensorInfo
 from moe_forward.checkpoint.layout import (
     BLOCK,
@@ -22,6 +22,7 @@ from moe_forward.checkpoint.layout import (
     matrix_shape,
     mixtral_spelling,
 )
+from moe_forward.checkpoint.matrices import Part
 from moe_forward.checkpoint.writer import TensorEntry
 from moe_forward.errors import CheckpointError
 from moe_forward.types import ModelSpec

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from moe_forward.checkpoint.convert import convert
 from moe_forward.checkpoint.documents import Keys, read_document
-from moe_forward.checkpoint.expected import part_bytes
 from moe_forward.checkpoint.index import INDEX_FILE, CheckpointIndex, open_index, read_header
 from moe_forward.checkpoint.layout import CONFIG_FILE, GROUP_SIZE, TENSORRT_FILE, quantization_config, read_spec
 from moe_forward.checkpoint.mapped import MappedFiles
+from moe_forward.checkpoint.matrices import part_bytes
 from moe_forward.checkpoint.plan import Conversion, plan_conversions
 from moe_forward.checkpoint.shards import Job, Shard, write_index, write_shards
 from moe_forward.checkpoint.writer import part_path, require_space, sync_folder, write_document

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_forward.checkpoint.compressed_tensors import CODES_PER_WORD, decode, is_packed
+from moe_forward.checkpoint.compressed_tensors import CODES_PER_WORD, is_packed
 from moe_forward.errors import StartError
 from moe_forward.experts.base import LayerExperts, Progress
 from moe_forward.experts.staging import bring_layers
@@ -39,9 +39,7 @@ def pack_layers(
 ) -> dict[int, PackedLayer]:
     """Bring every layer to the GPU and pack it there; of the plain weights about a layer is there at a time.
 
-    layers: as in `bring_layers`, or experts as a file of compressed-tensors has them, which are decoded here: on the
-        GPU it costs no time, and the host need not hold what is not in its files.
-    device, on_progress: as in `bring_layers`.
+    layers, device, on_progress: as in `bring_layers`.
     Raises: StartError for a group size or a number of experts that the kernel does not have; as `bring_layers`.
     """
     for number, layer in layers.items():
@@ -82,8 +80,8 @@ def _shape_and_group(weight: Int4Weight) -> tuple[tuple[int, int], int]:
 def _pack_routed(experts: Sequence[ExpertWeights]) -> PackedExperts | None:
     if not experts:
         return None
-    gate_up = pack([interleave(decode(expert.gate), decode(expert.up)) for expert in experts])
-    return PackedExperts(gate_up, pack([decode(expert.down) for expert in experts]))
+    gate_up = pack([interleave(expert.gate, expert.up) for expert in experts])
+    return PackedExperts(gate_up, pack([expert.down for expert in experts]))
 
 
 def _pack_shared(expert: SharedExpert | None) -> PackedExperts | None:

@@ -24,6 +24,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from moe_forward.checkpoint.compressed_tensors import clear_unscaled, decode
 from moe_forward.errors import CheckpointError
 from moe_forward.experts.base import LayerExperts, Progress
 from w4afp8 import ExpertWeights, Fp8BlockWeight, Int4Weight, SharedExpert
@@ -43,8 +44,10 @@ def bring_layers(
 
     layers: layer id -> weights, mapped from files or in memory.
     device: where to, with its index. on_progress: called in this thread.
-    Returns: the layers in their order; drop one before asking for the next, or both are held. Codes of groups with
-        scale 0 are 0, whatever they were: TensorRT-LLM's writer divides by the zero scale of an all-zero group.
+    Returns: the layers in their order; drop one before asking for the next, or both are held. What a file of
+        compressed-tensors has is decoded here: on a GPU it costs no time, and the host need not hold what is not in its
+        files. Codes of groups with scale 0 are 0, whatever they were: TensorRT-LLM's writer divides by the zero scale
+        of an all-zero group.
     Raises: CheckpointError naming the matrix for scales that are negative, NaN or Inf.
     """
     with Staging(device) as staging:
@@ -150,9 +153,7 @@ def _layer(number: int, layer: LayerExperts, tensors: Iterator[torch.Tensor]) ->
 
 
 def _int4(tensors: Iterator[torch.Tensor], name: str) -> Int4Weight:
-    codes, scales = _checked(Int4Weight(next(tensors), next(tensors)), name)
-    groups = torch.unflatten(codes, 1, (scales.shape[1], -1))
-    return Int4Weight((groups * (scales != 0).unsqueeze(2)).flatten(1), scales)
+    return clear_unscaled(decode(_checked(Int4Weight(next(tensors), next(tensors)), name)))
 
 
 def _checked(weight: AnyWeight, name: str) -> AnyWeight:

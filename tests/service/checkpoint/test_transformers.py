@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from moe_forward.checkpoint import load_shard, quantize, read_spec
 from moe_forward.types import ModelSpec
@@ -40,13 +39,17 @@ DEEPSEEK = COMMON | {
     "qk_nope_head_dim": 32,
     "v_head_dim": 64,
 }
-QWEN = COMMON | {"num_experts": 8, "head_dim": 64}
+CONFIGS = {
+    "DeepseekV3": DEEPSEEK,
+    "Qwen3Moe": COMMON | {"num_experts": 8, "head_dim": 64},
+    "Mixtral": COMMON | {"num_local_experts": 8, "intermediate_size": 128},
+}
 
 
-@pytest.fixture(scope="module", params=["DeepseekV3", "Qwen3Moe"])
+@pytest.fixture(scope="module", params=list(CONFIGS))
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{request.param}Config")(**(DEEPSEEK if request.param == "DeepseekV3" else QWEN))
+    config = getattr(transformers, f"{request.param}Config")(**CONFIGS[request.param])
     return getattr(transformers, f"{request.param}ForCausalLM")(config).to(torch.bfloat16)
 
 
@@ -81,10 +84,24 @@ def test_both_forms_give_the_same_experts(model: Any, tmp_path: Path) -> None:
     loaded = []
     for original in (True, False):
         folder, spec = quantized(model, tmp_path / str(original), save_original_format=original)
-        loaded.append({name: t for name, t in load_file(folder / "model.safetensors").items() if ".experts." in name})
-    assert loaded[0].keys() == loaded[1].keys()
+        loaded.append(experts(folder, spec))
     assert len(loaded[0]) == len(spec.layers) * 8 * 3 * 2
-    assert all(torch.equal(tensor, loaded[1][name]) for name, tensor in loaded[0].items())
+    assert all(torch.equal(tensor, same) for tensor, same in zip(*loaded, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
+def test_a_saved_model_is_served_without_quantizing_it_ahead(model: Any, tmp_path: Path, fused: bool) -> None:
+    folder, spec = quantized(model, tmp_path, save_original_format=not fused)
+    direct = read_spec(tmp_path / "source", spec.name)
+    assert direct == spec
+    on_load = experts(tmp_path / "source", direct)
+    assert all(torch.equal(tensor, same) for tensor, same in zip(on_load, experts(folder, spec), strict=True))
+
+
+def experts(folder: Path, spec: ModelSpec) -> list[torch.Tensor]:
+    """Codes and scales of all experts of all layers."""
+    layers = load_shard(folder, spec, spec.layers, range(8)).values()
+    return [tensor for held in layers for expert in held.experts for matrix in expert for tensor in matrix]
 
 
 def test_the_spec_is_that_of_the_model(model: Any, tmp_path: Path) -> None:

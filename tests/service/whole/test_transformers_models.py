@@ -55,6 +55,7 @@ CONFIGS = {
         "v_head_dim": 64,
     },
     "Qwen3Moe": COMMON | {"num_experts": 16, "head_dim": 64},
+    "Mixtral": COMMON | {"num_local_experts": 16, "intermediate_size": 128},
 }
 
 
