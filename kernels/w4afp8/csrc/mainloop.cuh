@@ -178,8 +178,9 @@ struct Ring {
   W4AFP8_INLINE uint32_t full(int stage) const { return base + p.ring_full + stage * 8; }
   W4AFP8_INLINE uint32_t empty(int stage) const { return base + p.ring_empty + stage * 8; }
 
-  // full_arrivals: the copying thread, and 32 lanes where token scales come too. 8 warps consume.
-  W4AFP8_INLINE void init(int full_arrivals) const {
+  // Full: the threads that bring weights and activations, and 32 lanes where token scales come too. 8 warps consume.
+  W4AFP8_INLINE void init(bool token_scales) const {
+    const int full_arrivals = token_scales ? 34 : 2;
     for (int i = 0; i < p.stages; ++i) {
       init_barrier(full(i), full_arrivals);
       init_barrier(empty(i), 8);
@@ -216,38 +217,41 @@ struct ActivationMaps {
   CUtensorMap small[kSmall], large[kLarge];
 };
 
-// One warp of the producer: brings every stage of every tile of this CTA. Weights are one linear stream, whose first
-// stages come before the kernel waits for the one before it: nobody writes weights.
+// One warp of the producer: the weights of every stage of every tile of this CTA, one linear stream a tile. It does not
+// wait for the previous kernel, since nobody writes weights.
 template <bool kTurn, class R>
-W4AFP8_INLINE void produce(const GemmParams& p, const Schedule& s, const R& ring, const ActivationMaps& maps,
-                           uint64_t policy) {
+W4AFP8_INLINE void produce_weights(const GemmParams& p, const Schedule& s, const R& ring, uint64_t policy) {
   using F = typename R::Format;
-  constexpr int kWeightBytes = R::kDepth * F::kBlockBytes;
+  constexpr int kBytes = R::kDepth * F::kBlockBytes;
   Cursor at;
   at.phase = 1;
-  int early = min(p.stages, p.groups / R::kDepth);  // stages whose weights come first
+  for (Walk<kTurn> walk(s, p); walk.next(); __syncwarp()) {
+    if ((threadIdx.x & 31) != 0) continue;
+    const Tile& tile = walk.tile();
+    const uint8_t* block = p.weight + ((size_t)tile.expert * p.row_tiles + tile.row_tile) * p.groups * F::kBlockBytes;
+    for (int group = 0; group < p.groups; group += R::kDepth, block += kBytes) {
+      wait(ring.empty(at.stage), at.phase);
+      expect(ring.full(at.stage), kBytes);
+      copy_bulk(ring.weight(at.stage, 0), block, kBytes, ring.full(at.stage), policy);
+      at.advance(p.stages);
+    }
+  }
+}
+
+// One warp beside it: the activations. A warp of its own, since what one thread issues would keep the tensor cores waiting.
+template <bool kTurn, class R>
+W4AFP8_INLINE void produce_activations(const GemmParams& p, const Schedule& s, const R& ring, const ActivationMaps& maps) {
+  Cursor at;
+  at.phase = 1;
   for (Walk<kTurn> walk(s, p); walk.next(); __syncwarp()) {
     if ((threadIdx.x & 31) != 0) continue;
     const Tile& tile = walk.tile();
     const int eights = (tile.rows + 7) / 8, large = eights / 4, small = eights % 4;
     const CUtensorMap *first = &maps.large[large - 1], *rest = &maps.small[small - 1];
-    const uint8_t* block = p.weight + ((size_t)tile.expert * p.row_tiles + tile.row_tile) * p.groups * F::kBlockBytes;
-    if (early > 0) {
-#pragma unroll 1  // registers are the consumers'
-      for (int stage = 0; stage < early; ++stage) {
-        expect(ring.full(stage), kWeightBytes + R::kDepth * eights * 1024);
-        copy_bulk(ring.weight(stage, 0), block + (size_t)stage * kWeightBytes, kWeightBytes, ring.full(stage), policy);
-      }
-      wait_for_previous_kernel();
-    }
-#pragma unroll 1
-    for (int group = 0; group < p.groups; group += R::kDepth, block += kWeightBytes) {
+    for (int group = 0; group < p.groups; group += R::kDepth) {
       const uint32_t full = ring.full(at.stage);
-      if (--early < 0) {
-        wait(ring.empty(at.stage), at.phase);
-        expect(full, kWeightBytes + R::kDepth * eights * 1024);
-        copy_bulk(ring.weight(at.stage, 0), block, kWeightBytes, full, policy);
-      }
+      wait(ring.empty(at.stage), at.phase);
+      expect(full, R::kDepth * eights * 1024);
 #pragma unroll
       for (int d = 0; d < R::kDepth; ++d) {
         const uint32_t target = ring.activation(at.stage, d);
@@ -259,7 +263,7 @@ W4AFP8_INLINE void produce(const GemmParams& p, const Schedule& s, const R& ring
   }
 }
 
-// One warp beside it, where activations have a scale per token and 128 inputs: row-major in memory, so 4 bytes each.
+// One warp beside them, where activations have a scale per token and 128 inputs: row-major in memory, so 4 bytes each.
 template <bool kTurn, class R>
 W4AFP8_INLINE void produce_scales(const GemmParams& p, const Schedule& s, const R& ring) {
   constexpr int kDepth = R::kDepth;
@@ -314,19 +318,21 @@ W4AFP8_INLINE void produce_slots(const GemmParams& p, const Schedule& s, const R
   }
 }
 
-// The producer's warpgroup: one warp for each kind of copy, the fourth has nothing to do.
+// The producer's warpgroup: one warp for each kind of copy.
 template <bool kGroupScale, bool kTurn, class R>
 W4AFP8_INLINE void produce_all(int warp, const GemmParams& p, const Schedule& s, const R& ring,
                                const ActivationMaps& maps, uint64_t policy) {
   if (warp == 8) {
-    produce<kTurn>(p, s, ring, maps, policy);
+    produce_weights<kTurn>(p, s, ring, policy);
     return;
   }
   wait_for_previous_kernel();
-  if (kGroupScale && warp == 9) {
-    produce_scales<kTurn>(p, s, ring);
+  if (warp == 9) {
+    produce_activations<kTurn>(p, s, ring, maps);
   } else if (warp == 10) {
     produce_slots<kGroupScale, kTurn>(p, s, ring);
+  } else if (kGroupScale) {
+    produce_scales<kTurn>(p, s, ring);
   }
 }
 

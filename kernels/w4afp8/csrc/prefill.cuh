@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(384, 1) prefill_kernel(const GemmParams p, con
   const PrefillRing<F> ring{base, p};
   const Schedule schedule(reinterpret_cast<int*>(shared + (base - (uint32_t)__cvta_generic_to_shared(shared)) + p.schedule), p);
   const int warp = uniform((int)threadIdx.x >> 5);
-  if (threadIdx.x == 0) ring.init(kGroupScale ? 33 : 1);
+  if (threadIdx.x == 0) ring.init(kGroupScale);
   start_early(p);
   build_schedule<true>(schedule, p);
   if (warp >= 8) {
