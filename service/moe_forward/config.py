@@ -50,7 +50,7 @@ class Config(BaseModel):
         512, ge=0, le=1 << 20, description="Up to this many rows per GPU rank a step runs as a CUDA graph; 0: never."
     )
     phase_sample_steps: int = Field(
-        16, ge=0, le=1 << 20, description="GPU ranks time the phases of one step in this many; 0: of none."
+        32, ge=0, le=1 << 20, description="GPU ranks time the phases of one step in this many; 0: of none."
     )
     max_step_requests: int = Field(256, ge=1, le=256, description="Requests of one step at most.")
     max_wait_us: int = Field(200, ge=0, le=1_000_000, description="Longest wait for more requests of the same layer.")
