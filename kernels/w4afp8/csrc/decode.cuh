@@ -1,6 +1,7 @@
 // Few tokens per expert: bound by reading the weights. Two CTAs on a multiprocessor, 256 inputs a stage.
 #pragma once
 #include "mainloop.cuh"
+#include "producer.cuh"
 
 namespace w4afp8 {
 

@@ -2,6 +2,7 @@
 // inputs a stage.
 #pragma once
 #include "mainloop.cuh"
+#include "producer.cuh"
 
 namespace w4afp8 {
 

@@ -4,16 +4,11 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-#include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
-#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
 namespace w4afp8 {
-
-using Barrier = cutlass::arch::ClusterBarrier;
-using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
 
 #define W4AFP8_INLINE __device__ __forceinline__
 
