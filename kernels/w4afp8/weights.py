@@ -12,12 +12,12 @@ from w4afp8.tensors import FP8_BLOCK, FP8_MAX, Fp8BlockWeight, Int4Weight
 SEARCH_FACTORS = (1.0, 0.93, 0.875, 0.84, 0.8, 0.76, 0.72)
 """Scales that a search tries, in units of amax / 7; at 0.875 = 7/8 the code -8 reaches a largest value below zero.
 
-Of normal weights in groups of 128 these bring the relative error from 0.117 to 0.102; a grid without end would reach
-0.101, each factor costs as much as the rounding itself, and below 0.7 next to no group has its best.
+Of normal weights in groups of 128 these bring the relative error from 0.1173 to 0.1013; steps of 0.005 from 0.5 on
+would reach 0.1009, at 14 times the work.
 """
 
-SEARCH_ELEMENTS = 1 << 18
-"""Elements searched at a time: float32 temporaries of a block of rows stay in a core's cache."""
+SEARCH_ELEMENTS = 1 << 20
+"""Elements searched at a time, in whole rows: bounds the float32 temporaries to three of 4 MiB; smaller is slower."""
 
 
 class SearchedWeight(NamedTuple):
@@ -89,7 +89,7 @@ def search_int4(weight: torch.Tensor, group_size: int = 128) -> SearchedWeight:
     """
     groups = _groups(weight, group_size)
     height = max(1, SEARCH_ELEMENTS // (groups.shape[1] * groups.shape[2]))
-    searched = [_search(block) for block in groups.split(height)]
+    searched = [_search(block) for block in torch.split(groups, height)]
     scales, rtn_error, error = (torch.cat(column) for column in zip(*searched, strict=True))
     return SearchedWeight(_rounded(groups, scales), rtn_error, error)
 

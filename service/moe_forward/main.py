@@ -124,6 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("source", type=Path, metavar="SRC")
     quantize.add_argument("destination", type=Path, metavar="DST")
     quantize.add_argument("--workers", type=int, metavar="N", help="default: all cores")
+    quantize.add_argument(
+        "--scales",
+        choices=("rtn", "search"),
+        default="rtn",
+        help="of int4: amax / 7, or searched for the least error, with a report of both (default: rtn)",
+    )
 
     inspect = commands.add_parser("inspect", help="print what a checkpoint holds and what each rank would")
     inspect.set_defaults(run=_inspect)

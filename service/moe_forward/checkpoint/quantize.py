@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
@@ -23,9 +24,20 @@ from moe_forward.checkpoint.layout import CONFIG_FILE, GROUP_SIZE, TENSORRT_FILE
 from moe_forward.checkpoint.mapped import MappedFiles
 from moe_forward.checkpoint.matrices import part_bytes
 from moe_forward.checkpoint.plan import Conversion, plan_conversions
+from moe_forward.checkpoint.scale_search import (
+    SEARCH_SETTINGS,
+    ErrorNotes,
+    Scales,
+    convert_searched,
+    remove_errors,
+    require_errors,
+    write_report,
+)
 from moe_forward.checkpoint.shards import Job, Shard, write_index, write_shards
 from moe_forward.checkpoint.writer import part_path, require_space, sync_folder, write_document
 from moe_forward.errors import CheckpointError
+
+Plan = Mapping[Path, tuple[Conversion, ...]]
 
 SETTINGS = f"w4afp8 group_size={GROUP_SIZE} layout=1"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -33,18 +45,24 @@ MAX_COPIED_BYTES = 256 << 20
 """Tokenizers and remote code are far smaller; a larger file is weights of a format this tool does not know."""
 
 
-def quantize(source: Path, destination: Path, workers: int | None = None, progress: bool = True) -> None:
+def quantize(
+    source: Path, destination: Path, workers: int | None = None, progress: bool = True, scales: Scales = "rtn"
+) -> None:
     """Write the served form of a checkpoint; calling it again after an interruption goes on where it stopped.
 
     source: HF folder in bf16, f16, f32 or DeepSeek's fp8 blocks. destination: folder, made if missing.
     workers: threads, each of which holds one tensor; default one a core.
     progress: show a bar of the bytes read, with rate and time left.
+    scales: of int4. `rtn` takes amax / 7; `search` a scale of least squared error, about twice the work, and writes
+        quantization_report.json, with the mean relative error of both.
     Raises: CheckpointError naming what cannot be quantized, before anything is written; or a destination that holds
         something else or is being written by another process.
     Source: TensorRT-LLM examples/quantization/quantize_mixed_precision_moe.py (codes, scales and names).
     """
     if workers is not None and workers < 1:
         raise CheckpointError(f"workers: expected at least 1, got {workers}")
+    if scales not in get_args(Scales):
+        raise CheckpointError(f"scales: expected one of {', '.join(get_args(Scales))}, got {scales!r}")
     _refuse_quantized(source)
     spec = read_spec(source)
     index = open_index(source)
@@ -53,22 +71,28 @@ def quantize(source: Path, destination: Path, workers: int | None = None, progre
     if destination.resolve() == source.resolve():
         raise CheckpointError(f"destination {destination} is the source itself")
     with _sole_writer(destination):
-        pending = _pending(index, destination)
+        pending = _pending(index, destination, scales)
+        searched = [destination / file.name for file in index.files if scales == "search" and _int4_count(plan[file])]
         if (destination / CONFIG_FILE).exists():
             if pending:
                 raise CheckpointError(f"{destination} has a config.json but misses {pending[0].name}; remove it first")
+            remove_errors(searched)
             return  # finished by an earlier run
+        require_errors(shard for shard in searched if shard.exists())
         waiting = [item for file in pending for item in plan[file]]
         require_space(destination, sum(entry.size_bytes for item in waiting for entry in item.entries))
-        _convert(index, plan, pending, destination, workers, progress)
+        _convert(index, plan, pending, destination, workers, progress, scales)
         if (source / INDEX_FILE).is_file():
             places = {entry: file.name for file in index.files for item in plan[file] for entry in item.entries}
             write_index(destination, places)
         _copy_small_files(source, destination)
+        if searched:
+            write_report(destination, searched)
         write_document(
             destination / CONFIG_FILE,
             read_document(source / CONFIG_FILE) | {"quantization_config": quantization_config()},
         )
+        remove_errors(searched)
 
 
 def _refuse_quantized(source: Path) -> None:
@@ -97,23 +121,27 @@ def _sole_writer(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _identity(index: CheckpointIndex, file: Path) -> dict[str, str]:
+def _int4_count(conversions: tuple[Conversion, ...]) -> int:
+    return sum(item.to == "int4" for item in conversions)
+
+
+def _identity(index: CheckpointIndex, file: Path, scales: Scales) -> dict[str, str]:
     status = file.stat()
     return {
         "format": "pt",
         "moe_forward.source": f"{index.headers[file].digest} {status.st_size} {status.st_mtime_ns}",
-        "moe_forward.settings": SETTINGS,
+        "moe_forward.settings": SETTINGS if scales == "rtn" else f"{SETTINGS} {SEARCH_SETTINGS}",
     }
 
 
-def _pending(index: CheckpointIndex, destination: Path) -> list[Path]:
+def _pending(index: CheckpointIndex, destination: Path, scales: Scales) -> list[Path]:
     """Source shards without a finished counterpart; CheckpointError if the folder holds anything of another source."""
     found = {path.name for path in destination.glob("*.safetensors")}
     foreign = sorted(found - {file.name for file in index.files})
     if foreign:
         raise CheckpointError(f"{destination} holds {foreign[0]}, which {index.folder} has not; choose another folder")
     for file in index.files:
-        if file.name in found and dict(read_header(destination / file.name).metadata) != _identity(index, file):
+        if file.name in found and dict(read_header(destination / file.name).metadata) != _identity(index, file, scales):
             raise CheckpointError(
                 f"{destination / file.name} was made from another source or by other settings than {file}; "
                 "choose another folder"
@@ -125,24 +153,22 @@ def _pending(index: CheckpointIndex, destination: Path) -> list[Path]:
 
 def _convert(
     index: CheckpointIndex,
-    plan: Mapping[Path, tuple[Conversion, ...]],
+    plan: Plan,
     pending: list[Path],
     destination: Path,
     workers: int | None,
     progress: bool,
+    scales: Scales,
 ) -> None:
     files = MappedFiles(index.files)
-    shards = [
-        Shard(
-            path=destination / file.name,
-            metadata=_identity(index, file),
-            jobs=tuple(
-                Job(item.entries, part_bytes(item.source, item.part), partial(convert, files, item))
-                for item in plan[file]
-            ),
-        )
-        for file in pending
-    ]
+    shards = []
+    for file in pending:
+        path = destination / file.name
+        make = partial(convert, files)
+        if scales == "search":
+            make = partial(convert_searched, files, notes=ErrorNotes(path, _int4_count(plan[file])))
+        jobs = (Job(item.entries, part_bytes(item.source, item.part), partial(make, item)) for item in plan[file])
+        shards.append(Shard(path, _identity(index, file, scales), tuple(jobs)))
     total = sum(job.work_bytes for shard in shards for job in shard.jobs)
     with tqdm(total=total, desc="quantize", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress) as bar:
         write_shards(shards, workers, bar.update)
