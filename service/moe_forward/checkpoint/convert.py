@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -39,22 +40,33 @@ def quantize_matrix(
     Returns: codes or values, and scales, as `quantize_int4` or `quantize_fp8_block` makes them of the whole.
     Raises: CheckpointError naming the tensor for NaN or Inf in it.
     """
-    tensor = files.tensor(source)
-    if part is not None:
-        tensor = tensor[part.expert, part.first : part.last]
-    source_scales = None if scales is None else files.tensor(scales)
-    # Rows in whole blocks: neither int4 groups nor fp8 blocks cross such a strip, so the result is that of the whole.
-    height = max(BLOCK, STRIP_ELEMENTS // tensor.shape[1] // BLOCK * BLOCK)
     strips: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for row in range(0, tensor.shape[0], height):
-        strip = tensor[row : row + height]
-        if source_scales is not None:
-            blocks = source_scales[row // BLOCK : (row + height) // BLOCK]
-            # bf16 in between, as the writer of the published checkpoint does
-            strip = dequantize_fp8_block(Fp8BlockWeight(strip, blocks), torch.bfloat16)
+    for strip in float_strips(files, source, scales, part):
         try:
             strips.append(quantize_int4(strip, GROUP_SIZE) if to == "int4" else quantize_fp8_block(strip))
         except ValueError as error:
             raise CheckpointError(f"{source}: {error}") from error
     values, made_scales = zip(*strips, strict=True)
     return torch.cat(values), torch.cat(made_scales)
+
+
+def float_strips(
+    files: MappedFiles, source: TensorInfo, scales: TensorInfo | None, part: Part | None
+) -> Iterator[torch.Tensor]:
+    """Read a matrix strip by strip, as `quantize_matrix` takes it.
+
+    Returns: strips [rows, K] of floats, rows in whole blocks: neither int4 groups nor fp8 blocks cross such a strip, so
+        what is made of strips is what would be made of the whole.
+    """
+    tensor = files.tensor(source)
+    if part is not None:
+        tensor = tensor[part.expert, part.first : part.last]
+    blocks = None if scales is None else files.tensor(scales)
+    height = max(BLOCK, STRIP_ELEMENTS // tensor.shape[1] // BLOCK * BLOCK)
+    for row in range(0, tensor.shape[0], height):
+        strip = tensor[row : row + height]
+        if blocks is not None:
+            # bf16 in between, as the writer of the published checkpoint does
+            within = blocks[row // BLOCK : (row + height) // BLOCK]
+            strip = dequantize_fp8_block(Fp8BlockWeight(strip, within), torch.bfloat16)
+        yield strip

@@ -10,14 +10,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from moe_forward.checkpoint.convert import STRIP_ELEMENTS, convert
+from moe_forward.checkpoint.convert import convert, float_strips
 from moe_forward.checkpoint.documents import read_document
-from moe_forward.checkpoint.layout import BLOCK, GROUP_SIZE
+from moe_forward.checkpoint.layout import GROUP_SIZE
 from moe_forward.checkpoint.mapped import MappedFiles
 from moe_forward.checkpoint.plan import Conversion
 from moe_forward.checkpoint.writer import write_document
 from moe_forward.errors import CheckpointError
-from w4afp8 import Fp8BlockWeight, dequantize_fp8_block
 from w4afp8.weights import SEARCH_FACTORS, search_int4
 
 Scales = Literal["rtn", "search"]
@@ -84,20 +83,10 @@ def search_matrix(files: MappedFiles, conversion: Conversion) -> tuple[torch.Ten
     Returns: codes and scales, as `search_int4` makes them of the whole, and the errors.
     Raises: CheckpointError naming the tensor for NaN or Inf in it.
     """
-    tensor, part = files.tensor(conversion.source), conversion.part
-    if part is not None:
-        tensor = tensor[part.expert, part.first : part.last]
-    blocks = None if conversion.scales is None else files.tensor(conversion.scales)
-    height = max(BLOCK, STRIP_ELEMENTS // tensor.shape[1] // BLOCK * BLOCK)
     codes: list[torch.Tensor] = []
     scales: list[torch.Tensor] = []
     squares: list[tuple[float, float, float]] = []
-    for row in range(0, tensor.shape[0], height):
-        strip = tensor[row : row + height]
-        if blocks is not None:
-            # bf16 in between, as the writer of the published checkpoint does
-            within = blocks[row // BLOCK : (row + height) // BLOCK]
-            strip = dequantize_fp8_block(Fp8BlockWeight(strip, within), torch.bfloat16)
+    for strip in float_strips(files, conversion.source, conversion.scales, conversion.part):
         try:
             found = search_int4(strip, GROUP_SIZE)
         except ValueError as error:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_forward.checkpoint import load_shard, open_index, quantize, read_spec, scale_search
+from moe_forward.checkpoint import convert, load_shard, open_index, quantize, read_spec, scale_search
 from moe_forward.checkpoint.scale_search import REPORT_FILE, errors_path
 from moe_forward.errors import CheckpointError
 from moe_forward.main import main
@@ -66,7 +66,7 @@ def relative_error(weight: torch.Tensor, quantized: Int4Weight) -> float:
     return float((dequantize_int4(quantized, torch.float64) - weight.double()).norm() / weight.double().norm())
 
 
-@pytest.mark.parametrize("strip_elements", [scale_search.STRIP_ELEMENTS, 128], ids=["whole", "strips"])
+@pytest.mark.parametrize("strip_elements", [convert.STRIP_ELEMENTS, 128], ids=["whole", "strips"])
 def test_experts_get_searched_scales_and_all_else_is_as_without(
     source: Path,
     destination: Path,
@@ -75,7 +75,7 @@ def test_experts_get_searched_scales_and_all_else_is_as_without(
     monkeypatch: pytest.MonkeyPatch,
     strip_elements: int,
 ) -> None:
-    monkeypatch.setattr(scale_search, "STRIP_ELEMENTS", strip_elements)
+    monkeypatch.setattr(convert, "STRIP_ELEMENTS", strip_elements)
     search(source, destination)
     quantize(source, tmp_path / "plain", workers=2, progress=False)
     before, after, plain = read_all(source), read_all(destination), read_all(tmp_path / "plain")
@@ -198,7 +198,7 @@ def test_deepseeks_fp8_blocks_are_searched_as_bf16(
     edit_json: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scale_search, "STRIP_ELEMENTS", 128)  # more than one strip of each expert's down_proj
+    monkeypatch.setattr(convert, "STRIP_ELEMENTS", 128)  # more than one strip of each expert's down_proj
 
     def to_fp8(tensors: Tensors) -> None:
         for name in [name for name in tensors if "_proj" in name]:
