@@ -69,7 +69,7 @@ static Launch choose(const W4AFP8GroupedGemm& a) {
                       : a.group == 32             ? int4_group32_launch
                       : a.full_range              ? int4_full_launch
                                                   : int4_launch;
-  return launch({a.token_group != 0, epilogue, expected, (int)a.experts});
+  return launch({a.token_group != 0, epilogue, expected, (int)a.experts, (int)((a.k + 127) / 128)});
 }
 
 static int run(const W4AFP8GroupedGemm& a) {
@@ -99,22 +99,25 @@ static int run(const W4AFP8GroupedGemm& a) {
 
   const Launch launch = choose(a);
   p.token_cap = launch.token_cap;
+  p.row_strips = (p.row_tiles + launch.cluster - 1) / launch.cluster;
   // 1 KiB of each CTA's shared memory is the system's, 1 KiB aligns the ring.
   const int room = device.shared_bytes / launch.ctas_per_sm - 2048 - launch.fixed_bytes;
   p.stages = std::min(kMaxStages, room / launch.stage_bytes);
   launch.lay_out(p);
 
   const void* kernel = reinterpret_cast<const void*>(launch.kernel);
-  cudaLaunchAttribute early{};  // the kernel waits before it touches what others write
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // the kernel waits before it touches what others write
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {(unsigned)launch.cluster, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(device.sms * launch.ctas_per_sm);
+  config.gridDim = dim3(device.sms * launch.ctas_per_sm / launch.cluster * launch.cluster);
   config.blockDim = dim3(384);
   config.dynamicSmemBytes = p.stages * launch.stage_bytes + launch.fixed_bytes + 1024;
   config.stream = static_cast<cudaStream_t>(a.stream);
-  config.attrs = &early;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = launch.cluster > 1 ? 2 : 1;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)config.dynamicSmemBytes);
   if (status != cudaSuccess) return status;

@@ -11,7 +11,7 @@ using GemmKernel = void (*)(GemmParams, ActivationMaps);
 // A kernel, the tokens of its tiles at most, and the inside of its shared memory.
 struct Launch {
   GemmKernel kernel;
-  int ctas_per_sm, token_cap, stage_bytes, fixed_bytes;
+  int ctas_per_sm, cluster, token_cap, stage_bytes, fixed_bytes;
   void (*lay_out)(GemmParams&);
 };
 
@@ -19,7 +19,7 @@ struct Launch {
 struct Choice {
   bool token_group;
   Epilogue epilogue;
-  int expected, experts;
+  int expected, experts, groups;
 };
 
 // One instantiation file a format, so that they compile apart.
@@ -31,17 +31,24 @@ Launch fp8_launch(Choice choice);
 // Decode pays while a tile's tokens hide under its weights; above, the tensor cores bound (BENCHMARKS.md).
 constexpr int kDecodeRows = 64;  // expected of a busy expert: about 32 on average
 
+// Tiles of so few groups are mostly latency, which three CTAs hide better than two; longer ones want deeper rings.
+constexpr int kShortGroups = 8;
+
 template <class F, bool kGroupScale, Epilogue kEpilogue>
 Launch launch_of(Choice choice) {
   if (choice.expected > kDecodeRows) {
     using R = PrefillRing<F>;
     const int cap = F::prefill_cap(kGroupScale);
-    return {prefill_kernel<F, kGroupScale, kEpilogue>, 1, cap, R::stage_bytes(cap),
+    return {prefill_kernel<F, kGroupScale, kEpilogue>, 1, R::kCluster, cap, R::stage_bytes(cap),
             R::fixed_bytes(cap, choice.experts), R::lay_out};
   }
   using R = DecodeRing<F>;
   const int cap = choice.expected <= 8 ? 8 : choice.expected <= 16 ? 16 : choice.expected <= 32 ? 32 : F::decode_cap(kGroupScale);
-  return {decode_kernel<F, kGroupScale, kEpilogue>, 2, cap, R::stage_bytes(cap),
+  if (cap == 8 && choice.groups <= kShortGroups) {
+    return {decode_kernel<F, kGroupScale, kEpilogue, 3>, 3, R::kCluster, cap, R::stage_bytes(cap),
+            R::fixed_bytes(cap, choice.experts), R::lay_out};
+  }
+  return {decode_kernel<F, kGroupScale, kEpilogue, 2>, 2, R::kCluster, cap, R::stage_bytes(cap),
           R::fixed_bytes(cap, choice.experts), R::lay_out};
 }
 

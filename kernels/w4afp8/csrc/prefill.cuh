@@ -1,13 +1,16 @@
-// Many tokens per expert: bound by the tensor cores, and by what L2 delivers to them. One CTA on a multiprocessor, 128
-// inputs a stage.
+// Many tokens per expert: bound by the tensor cores and the power they may draw. One CTA on a multiprocessor, 128 inputs
+// a stage.
 #pragma once
 #include "mainloop.cuh"
 #include "producer.cuh"
 
 namespace w4afp8 {
 
+// Two CTAs share their tokens, each bringing half of them to both, which halves what L2 delivers.
+constexpr int kPrefillCluster = 2;
+
 template <class F>
-using PrefillRing = Ring<1, F>;
+using PrefillRing = Ring<1, kPrefillCluster, F>;
 
 template <int kTokens, bool kGroupScale, Epilogue kEpilogue, class F>
 W4AFP8_INLINE void prefill_tile(const GemmParams& p, const PrefillRing<F>& ring, Cursor& ahead, const Slot& slot) {
@@ -76,6 +79,7 @@ __global__ void __launch_bounds__(384, 1) prefill_kernel(const GemmParams p, con
   if (threadIdx.x == 0) ring.init(kGroupScale);
   start_early(p);
   build_schedule<true>(schedule, p);
+  cluster_sync();  // the barriers are there
   if (warp >= 8) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
     produce_all<kGroupScale, true>(warp, p, schedule, ring, maps, kEvictNormal);
@@ -86,6 +90,8 @@ __global__ void __launch_bounds__(384, 1) prefill_kernel(const GemmParams p, con
       prefill_tile_for<F::prefill_cap(kGroupScale), kGroupScale, kEpilogue, F>(rows, p, ring, ahead, slot);
     });
   }
+  __syncwarp();
+  cluster_sync();  // nobody copies into a CTA, or arrives at its barriers, that has ended
 }
 
 }  // namespace w4afp8

@@ -32,6 +32,16 @@ W4AFP8_INLINE void copy_tensor(uint32_t shared, const CUtensorMap* map, uint32_t
       : "memory");
 }
 
+// The same into the shared memory of every CTA of the cluster that `ctas` has a bit for, and to their barriers.
+W4AFP8_INLINE void copy_tensor_to(uint16_t ctas, uint32_t shared, const CUtensorMap* map, uint32_t barrier, int column,
+                                  int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4}], [%2], %5;" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(ctas)
+      : "memory");
+}
+
 // One asm block with a bounded number of tries: a C++ loop with a clock spills and serialises the wgmma around it
 // (ptxas C7512). Each try suspends for up to a fixed time, so the bound is seconds; then the kernel traps, not hangs.
 W4AFP8_INLINE void wait(uint32_t barrier, uint32_t phase) {
@@ -74,6 +84,21 @@ W4AFP8_INLINE void let_next_kernel_start() { asm volatile("griddepcontrol.launch
 
 W4AFP8_INLINE void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// At the same barrier of another CTA of the cluster. Without `.release.cluster`, which becomes MEMBAR.ALL.GPU: a
+// microsecond for each warp and stage. What is released was read, not written.
+W4AFP8_INLINE void arrive_at(int cta, uint32_t barrier) {
+  asm volatile(
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(
+          barrier),
+      "r"(cta)
+      : "memory");
+}
+
+// All threads of all CTAs of the cluster.
+W4AFP8_INLINE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 }
 
 W4AFP8_INLINE void expect(uint32_t barrier, uint32_t bytes) {

@@ -19,10 +19,10 @@ W4AFP8_INLINE void produce_weights(const GemmParams& p, const Schedule& s, const
   constexpr int kBytes = R::kDepth * F::kBlockBytes;
   Cursor at;
   at.phase = 1;
-  for (Walk<kTurn> walk(s, p); walk.next(); __syncwarp()) {
+  for (Walk<kTurn, R::kCluster> walk(s, p); walk.next(); __syncwarp()) {
     if ((threadIdx.x & 31) != 0) continue;
     const Tile& tile = walk.tile();
-    const uint8_t* block = p.weight + ((size_t)tile.expert * p.row_tiles + tile.row_tile) * p.groups * F::kBlockBytes;
+    const uint8_t* block = p.weight + tile.weight_tile(p) * p.groups * F::kBlockBytes;
     for (int group = 0; group < p.groups; group += R::kDepth, block += kBytes) {
       wait(ring.empty(at.stage), at.phase);
       expect(ring.full(at.stage), kBytes);
@@ -37,20 +37,31 @@ template <bool kTurn, class R>
 W4AFP8_INLINE void produce_activations(const GemmParams& p, const Schedule& s, const R& ring, const ActivationMaps& maps) {
   Cursor at;
   at.phase = 1;
-  for (Walk<kTurn> walk(s, p); walk.next(); __syncwarp()) {
+  for (Walk<kTurn, R::kCluster> walk(s, p); walk.next(); __syncwarp()) {
     if ((threadIdx.x & 31) != 0) continue;
     const Tile& tile = walk.tile();
-    const int eights = (tile.rows + 7) / 8, large = eights / 4, small = eights % 4;
+    const int eights = (tile.rows + 7) / 8;
+    // Every CTA of a cluster copies a share of the rows to all of them.
+    const int before = eights * ((int)blockIdx.x % R::kCluster) / R::kCluster;
+    const int own = eights * ((int)blockIdx.x % R::kCluster + 1) / R::kCluster - before;
+    const int large = own / 4, small = own % 4, row = tile.first_row + before * 8;
     const CUtensorMap *first = &maps.large[large - 1], *rest = &maps.small[small - 1];
+    auto copy = [&](uint32_t target, const CUtensorMap* map, uint32_t full, int column, int from) {
+      if constexpr (R::kCluster == 1) {
+        copy_tensor(target, map, full, column, from);
+      } else {
+        copy_tensor_to((1 << R::kCluster) - 1, target, map, full, column, from);
+      }
+    };
     for (int group = 0; group < p.groups; group += R::kDepth) {
       const uint32_t full = ring.full(at.stage);
       wait(ring.empty(at.stage), at.phase);
       expect(full, R::kDepth * eights * 1024);
 #pragma unroll
       for (int d = 0; d < R::kDepth; ++d) {
-        const uint32_t target = ring.activation(at.stage, d);
-        if (large) copy_tensor(target, first, full, (group + d) * 128, tile.first_row);
-        if (small) copy_tensor(target + large * 4096, rest, full, (group + d) * 128, tile.first_row + large * 32);
+        const uint32_t target = ring.activation(at.stage, d) + before * 1024;
+        if (large) copy(target, first, full, (group + d) * 128, row);
+        if (small) copy(target + large * 4096, rest, full, (group + d) * 128, row + large * 32);
       }
       at.advance(p.stages);
     }
@@ -64,7 +75,7 @@ W4AFP8_INLINE void produce_scales(const GemmParams& p, const Schedule& s, const 
   Cursor at;
   at.phase = 1;
   const int lane = threadIdx.x & 31;
-  for (Walk<kTurn> walk(s, p); walk.next();) {
+  for (Walk<kTurn, R::kCluster> walk(s, p); walk.next();) {
     const Tile& tile = walk.tile();
     for (int group = 0; group < p.groups; group += kDepth) {
       wait(ring.empty(at.stage), at.phase);
@@ -88,14 +99,14 @@ W4AFP8_INLINE void produce_slots(const GemmParams& p, const Schedule& s, const R
   Cursor at;
   at.phase = 1;
   const int lane = threadIdx.x & 31;
-  Walk<kTurn> walk(s, p);
+  Walk<kTurn, R::kCluster> walk(s, p);
   for (bool more = true; more; at.advance(R::kSlots)) {
     more = walk.next();
     const Tile& tile = walk.tile();
     const Slot slot = ring.slot(at.stage);
     wait(ring.slot_empty(at.stage), at.phase);
     if (more) {
-      const float* channels = p.channel_scales + ((size_t)tile.expert * p.row_tiles + tile.row_tile) * 128;
+      const float* channels = p.channel_scales + tile.weight_tile(p) * 128;
       copy_async<16>(slot.channel_scales() + lane * 16, channels + lane * 4);
 #pragma unroll 1
       for (int token = lane; token < tile.rows; token += 32) {

@@ -8,9 +8,10 @@ namespace w4afp8 {
 // The ring of stages in shared memory. A stage has kDepth groups of 128 inputs:
 // kDepth tiles of activations | kDepth weight blocks | kDepth rows of token scales.
 // Then the slots of the tiles' ends; the barriers. Offsets are kernel parameters, which cost no registers.
-template <int kDepth_, class F>
+template <int kDepth_, int kCluster_, class F>
 struct Ring {
   static constexpr int kDepth = kDepth_;
+  static constexpr int kCluster = kCluster_;  // CTAs that share their tokens
   static constexpr int kSlots = 4;
   using Format = F;
   uint32_t base;
@@ -48,12 +49,13 @@ struct Ring {
   W4AFP8_INLINE uint32_t full(int stage) const { return base + p.ring_full + stage * 8; }
   W4AFP8_INLINE uint32_t empty(int stage) const { return base + p.ring_empty + stage * 8; }
 
-  // Full: the threads that bring weights and activations, and 32 lanes where token scales come too. 8 warps consume.
+  // Full: the threads that bring weights and activations, and 32 lanes where token scales come too. 8 warps of each CTA
+  // consume, since what one CTA copies lands in all of them.
   W4AFP8_INLINE void init(bool token_scales) const {
     const int full_arrivals = token_scales ? 34 : 2;
     for (int i = 0; i < p.stages; ++i) {
       init_barrier(full(i), full_arrivals);
-      init_barrier(empty(i), 8);
+      init_barrier(empty(i), 8 * kCluster);
     }
     for (int i = 0; i < kSlots; ++i) {
       init_barrier(slot_full(i), 33);  // 32 lanes' copies, and the thread that writes the tile
@@ -65,7 +67,12 @@ struct Ring {
 
   // A consumer warp has read what it needs of a stage.
   W4AFP8_INLINE void release(int stage) const {
-    if ((threadIdx.x & 31) == 0) arrive(empty(stage));
+    const int lane = threadIdx.x & 31;
+    if constexpr (kCluster == 1) {
+      if (lane == 0) arrive(empty(stage));
+    } else {
+      if (lane < kCluster) arrive_at(lane, empty(stage));
+    }
   }
 };
 

@@ -14,7 +14,8 @@ struct GemmParams {
   const int64_t* offsets;
   const int32_t* counts;
   void* y;
-  int experts, n, row_tiles, groups, scale_columns, max_rows;
+  int experts, n, row_tiles, row_strips, groups, scale_columns, max_rows;
+  // row_strips: row tiles / CTAs of a cluster, rounded up.
   int early_start;  // offsets are older than the previous kernel, which may still write the activations
   int token_cap;  // tokens of a tile at most, a multiple of 8
   // Counts and offsets in shared memory (`Ring`), after which the schedule lies.
@@ -22,8 +23,14 @@ struct GemmParams {
   uint32_t ring_weights, ring_scales, ring_slots, ring_full, ring_empty, ring_slot_full, ring_slot_empty, schedule;
 };
 
+// row_tile: beyond the last one where a cluster has more CTAs than tiles are left.
 struct Tile {
   int expert, row_tile, first_row, rows;
+
+  // Which weights to read: those of the last row tile where there are none.
+  W4AFP8_INLINE size_t weight_tile(const GemmParams& p) const {
+    return (size_t)expert * p.row_tiles + min(row_tile, p.row_tiles - 1);
+  }
 };
 
 // In shared memory, for the experts in the order of their tiles: which expert, its first row, its rows, and the number
@@ -80,7 +87,7 @@ W4AFP8_INLINE void build_schedule(const Schedule& s, const GemmParams& p) {
     int carry = 0;
     for (int base = 0; base < p.experts; base += 32) {
       const int at = base + (int)threadIdx.x;
-      int sum = at < p.experts ? token_tiles(p, s.rows(at)) * p.row_tiles : 0;
+      int sum = at < p.experts ? token_tiles(p, s.rows(at)) * p.row_strips : 0;
 #pragma unroll
       for (int step = 1; step < 32; step <<= 1) {
         const int other = __shfl_up_sync(~0u, sum, step);
@@ -99,9 +106,9 @@ W4AFP8_INLINE void build_schedule(const Schedule& s, const GemmParams& p) {
 // depends on it goes through vector registers and R2UR, between the wgmma of a batch.
 W4AFP8_INLINE int uniform(int value) { return __reduce_max_sync(~0u, value); }
 
-// This CTA's tiles in ascending order. Whole warps walk together.
-// kTurn: every second round of CTAs goes backwards, which evens out tiles that become smaller.
-template <bool kTurn>
+// This CTA's tiles in ascending order. Whole warps walk together. The CTAs of a cluster take row tiles side by side.
+// kTurn: every second round goes backwards, which evens out tiles that become smaller.
+template <bool kTurn, int kCluster>
 class Walk {
  public:
   W4AFP8_INLINE Walk(const Schedule& s, const GemmParams& p) : s_(s), p_(p) {}
@@ -109,8 +116,8 @@ class Walk {
   // Finds the next tile. Returns: whether there is one.
   W4AFP8_INLINE bool next() {
     const int round = round_++;
-    const int ctas = (int)gridDim.x, own = (int)blockIdx.x;
-    const int tile = round * ctas + (kTurn && round % 2 ? ctas - 1 - own : own);
+    const int clusters = (int)gridDim.x / kCluster, own = (int)blockIdx.x / kCluster;
+    const int tile = round * clusters + (kTurn && round % 2 ? clusters - 1 - own : own);
     // In the last round there may be none; there is none after that either.
     if (tile >= s_.first_tile(p_.experts)) return false;
     for (unsigned before = ~0u; before == ~0u; place_ += __popc(before)) {
@@ -121,7 +128,8 @@ class Walk {
     const int share = tile_tokens(rows, tiles);
     // Token tiles fastest, so that a weight block read again is still in L2.
     const int token_tile = inside % tiles;
-    tile_ = {s_.expert(place_), inside / tiles, s_.first_row(place_) + token_tile * share,
+    const int row_tile = inside / tiles * kCluster + (int)blockIdx.x % kCluster;
+    tile_ = {s_.expert(place_), row_tile, s_.first_row(place_) + token_tile * share,
              min(share, rows - token_tile * share)};
     return true;
   }
