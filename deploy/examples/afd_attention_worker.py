@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_forward import AsyncClient
+from moe_forward.client import read_api_key
 
 HEAD_SIZE = 64
 
@@ -127,7 +128,8 @@ def report(name: str, timings: Timings) -> str:
 async def main(arguments: argparse.Namespace) -> None:
     """Run the same micro-batches with one and with several in flight, and print both."""
     torch.manual_seed(0)
-    async with AsyncClient(arguments.url) as client:
+    api_key = None if arguments.api_key_file is None else read_api_key(arguments.api_key_file)
+    async with AsyncClient(arguments.url, api_key=api_key) as client:
         model = await client.placement()
         worker = Worker(client, {layer: Attention(model["hidden_size"]).eval() for layer in model["layers"]})
         shape = (arguments.sequences, arguments.tokens, model["hidden_size"])
@@ -148,6 +150,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the service")
+    parser.add_argument("--api-key-file", help="file whose first key to send, where the service asks for one")
     parser.add_argument("--micro-batches", type=positive, default=8, help="how many to take through all layers")
     parser.add_argument("--in-flight", type=positive, default=2, help="how many of them at the same time")
     parser.add_argument("--sequences", type=positive, default=4, help="sequences of a micro-batch")

@@ -25,6 +25,7 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moe_forward import Client
+from moe_forward.client import read_api_key
 from moe_forward.integrations.transformers import attach
 
 BYTES = 256
@@ -47,7 +48,7 @@ def make_model(placement: dict[str, Any]) -> DeepseekV3ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         n_routed_experts=experts,
-        n_shared_experts=1,
+        n_shared_experts=int(placement["shared_experts"]),
         n_group=1,
         topk_group=1,
         num_experts_per_tok=placement["top_k"],
@@ -73,11 +74,12 @@ def fill(model: DeepseekV3ForCausalLM) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Attach a model to the service and let it continue a text."""
-    with Client(arguments.url) as client:
+    api_key = None if arguments.api_key_file is None else read_api_key(arguments.api_key_file)
+    with Client(arguments.url, api_key=api_key) as client:
         model = make_model(client.placement())
     prompt = torch.tensor([list(arguments.prompt.encode())])
     mask = torch.ones_like(prompt)
-    with attach(model, arguments.url) as attached:
+    with attach(model, arguments.url, api_key=api_key) as attached:
         fill(model)  # after attach: the experts are gone from it and take no memory here
         held = sum(parameter.numel() for parameter in model.parameters())
         print(f"layers {list(attached.layers)} are computed at {arguments.url}, {held} parameters are here")
@@ -92,6 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the service")
+    parser.add_argument("--api-key-file", help="file whose first key to send, where the service asks for one")
     parser.add_argument("--prompt", default="The experts of this model are", help="text to continue")
     parser.add_argument("--new-tokens", type=int, default=16, help="how many tokens to generate")
     return parser.parse_args(arguments)

@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch.nn.functional import pad
 
 from w4afp8.tensors import FP8_BLOCK, FP8_MAX, Fp8BlockWeight, Int4Weight
-
-SEARCH_FACTORS = (1.0, 0.93, 0.875, 0.84, 0.8, 0.76, 0.72)
-"""Scales that a search tries, in units of amax / 7; at 0.875 = 7/8 the code -8 reaches a largest value below zero.
-
-Of normal weights in groups of 128 these bring the relative error from 0.1173 to 0.1013; steps of 0.005 from 0.5 on
-would reach 0.1009, at 14 times the work.
-"""
-
-SEARCH_ELEMENTS = 1 << 20
-"""Elements searched at a time, in whole rows: bounds the float32 temporaries to three of 4 MiB; smaller is slower."""
-
-
-class SearchedWeight(NamedTuple):
-    """An int4 weight whose scales were searched, and what that gained.
-
-    weight: codes [N, K/2], scales [N, K/group].
-    rtn_error, error: [N, K/group] float64, sum of a group's squared errors with scale amax / 7 and with the one taken.
-    """
-
-    weight: Int4Weight
-    rtn_error: torch.Tensor
-    error: torch.Tensor
 
 
 def pack_int4(q: torch.Tensor) -> torch.Tensor:
@@ -71,27 +47,8 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 128) -> Int4Weight:
     Raises: ValueError for a bad shape, dtype or group size, and for NaN or Inf.
     Source: TensorRT-LLM examples/quantization/quantize_mixed_precision_moe.py (rounding half to even).
     """
-    groups = _groups(weight, group_size)
-    return _rounded(groups, groups.abs().amax(dim=2) / 7)
-
-
-def search_int4(weight: torch.Tensor, group_size: int = 128) -> SearchedWeight:
-    """Quantize a weight to int4 with the scale of least squared error, of `SEARCH_FACTORS` times amax / 7.
-
-    A scale below amax / 7 cuts the largest values off and rounds all others more finely. No group's error is larger
-    than that of `quantize_int4`; of equal errors the larger scale wins. Bits depend on the group alone.
-
-    weight: [N, K] floating point.
-    group_size: inputs that share one scale; divides K and is even.
-    Returns: the weight, and each group's squared error before and after.
-    Raises: ValueError for a bad shape, dtype or group size, and for NaN or Inf.
-    Source: AWQ, arXiv 2306.00978, clips weights where the error is least; here the error is that of the weights alone.
-    """
-    groups = _groups(weight, group_size)
-    height = max(1, SEARCH_ELEMENTS // (groups.shape[1] * groups.shape[2]))
-    searched = [_search(block) for block in torch.split(groups, height)]
-    scales, rtn_error, error = (torch.cat(column) for column in zip(*searched, strict=True))
-    return SearchedWeight(_rounded(groups, scales), rtn_error, error)
+    groups = split_groups(weight, group_size)
+    return round_groups(groups, full_scales(groups))
 
 
 def dequantize_int4(weight: Int4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -123,7 +80,7 @@ def quantize_fp8_block(weight: torch.Tensor) -> Fp8BlockWeight:
     rows, columns = values.shape
     padded = pad(values, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
     blocks = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, padded.shape[1] // FP8_BLOCK, FP8_BLOCK)
-    scales = blocks.abs().amax(dim=(1, 3)) / FP8_MAX
+    scales = _divided(_finite(blocks.abs().amax(dim=(1, 3))), FP8_MAX)
     spread = scales[:, None, :, None]
     quantized = (blocks / spread).clamp_(-FP8_MAX, FP8_MAX).masked_fill_(spread == 0, 0)
     return Fp8BlockWeight(quantized.view_as(padded)[:rows, :columns].contiguous().to(torch.float8_e4m3fn), scales)
@@ -147,8 +104,8 @@ def dequantize_fp8_block(weight: Fp8BlockWeight, dtype: torch.dtype = torch.floa
     return (weight.values.to(compute) * spread).to(dtype)
 
 
-def _groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return `weight` [N, K] as float32 [N, K/group_size, group_size], or raise ValueError."""
+def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return `weight` [N, K] as float32 [N, K/group_size, group_size]; ValueError where it cannot be quantized."""
     values = _checked(weight)
     rows, columns = values.shape
     if group_size < 2 or group_size % 2 or columns % group_size:
@@ -156,43 +113,34 @@ def _groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return values.view(rows, columns // group_size, group_size)
 
 
-def _rounded(groups: torch.Tensor, scales: torch.Tensor) -> Int4Weight:
+def full_scales(groups: torch.Tensor) -> torch.Tensor:
+    """Scales [N, G] with which nothing of groups [N, G, group] is cut off: amax / 7; ValueError for NaN or Inf."""
+    return _divided(_finite(groups.abs().amax(dim=2)), 7)
+
+
+def round_groups(groups: torch.Tensor, scales: torch.Tensor) -> Int4Weight:
     """Round groups [N, G, group] to codes by scales [N, G]."""
     # A scale of 0 (zeros, or subnormals too small to divide) would divide 0 by 0.
     codes = (groups / scales.unsqueeze(2)).round_().clamp_(-8, 7).masked_fill_(scales.unsqueeze(2) == 0, 0)
     return Int4Weight(pack_int4(codes.to(torch.int8).flatten(1)), scales)
 
 
-def _search(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the scales of groups [N, G, group].
+def _divided(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Divide, to the same bits on every device: CUDA would multiply by the reciprocal of a Python number."""
+    return values / torch.full_like(values, divisor)
 
-    Returns: scales float32, squared error with amax / 7 and with these scales float64, each [N, G].
-    """
-    largest = groups.abs().amax(dim=2) / 7
-    scales = torch.stack([largest * factor for factor in SEARCH_FACTORS])
-    steps, codes = torch.empty_like(groups), torch.empty_like(groups)
-    errors = torch.empty_like(scales)
-    for number, tried in enumerate(scales):
-        torch.div(groups, tried.unsqueeze(2), out=steps)
-        torch.round(steps, out=codes)
-        torch.sum(steps.sub_(codes.clamp_(-8, 7)).square_(), dim=2, out=errors[number])
-    # In units of `largest`, so that no square over- or underflows. A scale of 0 has no error that could be the least.
-    errors.mul_((scales / largest).square_()).nan_to_num_(nan=torch.inf)
-    least = errors.argmin(dim=0, keepdim=True)  # the first of equals
-    unit = largest.double().square_()
-    rtn_error, error = (
-        (found.double() * unit).masked_fill_(largest == 0, 0) for found in (errors[0], errors.gather(0, least)[0])
-    )
-    return scales.gather(0, least)[0], rtn_error, error
+
+def _finite(largest: torch.Tensor) -> torch.Tensor:
+    """Return the largest sizes, which NaN and Inf are among if there are any, or raise ValueError."""
+    if not bool(largest.isfinite().all()):
+        raise ValueError("weight: expected finite values, got NaN or Inf")
+    return largest
 
 
 def _checked(weight: torch.Tensor) -> torch.Tensor:
-    """Return `weight` [N, K] as float32, or raise ValueError for what cannot be quantized."""
+    """Return `weight` [N, K] as float32, or raise ValueError for what is no weight."""
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected a shape [N, K] without zeros, got {list(weight.shape)}")
     if not weight.is_floating_point():
         raise ValueError(f"weight: expected floating point, got {weight.dtype}")
-    values = weight.to(torch.float32).contiguous()
-    if not bool(values.isfinite().all()):
-        raise ValueError("weight: expected finite values, got NaN or Inf")
-    return values
+    return weight.to(torch.float32).contiguous()

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import w4afp8.weights
 from w4afp8 import (
     Fp8BlockWeight,
     Int4Weight,
@@ -18,7 +17,7 @@ from w4afp8 import (
     quantize_int4,
     unpack_int4,
 )
-from w4afp8.weights import SEARCH_FACTORS, search_int4
+from w4afp8.search import search_int4
 
 
 def test_every_byte_survives_unpacking_and_packing() -> None:
@@ -119,109 +118,6 @@ def test_int4_quantization_refuses_what_does_not_fit(weight: torch.Tensor, group
     for quantize in (quantize_int4, search_int4):
         with pytest.raises(ValueError, match=message):
             quantize(weight, group)
-
-
-def squared_error(weight: torch.Tensor, quantized: Int4Weight) -> torch.Tensor:
-    """Squared error of each group [N, G], float64."""
-    rows, groups = quantized.scales.shape
-    return (dequantize_int4(quantized, torch.float64) - weight.double()).square().view(rows, groups, -1).sum(2)
-
-
-KINDS = ("normal", "heavy tails", "largest below zero", "bf16", "tiny", "huge", "few values")
-
-
-def weight_of(kind: str, generator: torch.Generator) -> torch.Tensor:
-    normal = torch.randn(40, 512, generator=generator)
-    if kind == "heavy tails":
-        return normal * torch.randn(40, 512, generator=generator).exp()
-    if kind == "largest below zero":
-        normal[:, ::128] = -8.0
-    factors = {"tiny": 1e-36, "huge": 1e37}
-    if kind == "few values":
-        return normal.round()
-    return normal.bfloat16() if kind == "bf16" else normal * factors.get(kind, 1.0)
-
-
-@pytest.mark.parametrize("group", [32, 128])
-@pytest.mark.parametrize("kind", KINDS)
-def test_searched_scales_make_no_group_worse(kind: str, group: int, generator: torch.Generator) -> None:
-    weight = weight_of(kind, generator)
-    plain, searched = squared_error(weight, quantize_int4(weight, group)), search_int4(weight, group)
-    found = squared_error(weight, searched.weight)
-    assert bool((found <= plain * (1 + 1e-5)).all())  # float32 in the search, float64 here
-    assert float(found.sum()) < float(plain.sum())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_search_tells_the_errors_that_its_weight_has(kind: str, generator: torch.Generator) -> None:
-    weight = weight_of(kind, generator)
-    searched = search_int4(weight)
-    size = weight.double().square().mean()
-    for told, quantized in ((searched.error, searched.weight), (searched.rtn_error, quantize_int4(weight))):
-        torch.testing.assert_close(told, squared_error(weight, quantized), rtol=1e-4, atol=float(size) * 1e-9)
-    assert bool((searched.error <= searched.rtn_error).all())
-
-
-def test_a_search_takes_the_best_factor_of_each_group(generator: torch.Generator) -> None:
-    weight = torch.randn(64, 512, generator=generator)
-    largest = weight.view(64, 4, 128).abs().amax(2) / 7
-    tried = []
-    for factor in SEARCH_FACTORS:
-        spread = (largest * factor).double().repeat_interleave(128, 1)
-        codes = (weight.double() / spread).round().clamp(-8, 7)
-        tried.append((codes * spread - weight.double()).square().view(64, 4, 128).sum(2))
-    least = torch.stack(tried).amin(0)
-    searched = search_int4(weight)
-    torch.testing.assert_close(squared_error(weight, searched.weight), least, rtol=1e-5, atol=0)
-    ratios = (searched.weight.scales / largest)[..., None] - torch.tensor(SEARCH_FACTORS)
-    assert float(ratios.abs().amin(2).max()) < 1e-6
-    assert int(ratios.abs().argmin(2).unique().numel()) == len(SEARCH_FACTORS)  # each one pays somewhere
-
-
-def test_of_equal_errors_the_search_takes_the_first_scale() -> None:
-    weight = torch.arange(-7, 8).repeat(2, 9)[:, :128].float()  # exact with scale 1
-    searched, plain = search_int4(weight), quantize_int4(weight)
-    assert torch.equal(searched.weight.codes, plain.codes)
-    assert torch.equal(searched.weight.scales, plain.scales)
-    assert not searched.error.any()
-
-
-def test_a_search_gains_an_eighth_of_the_error_of_normal_weights(generator: torch.Generator) -> None:
-    weight = torch.randn(256, 1024, generator=generator)
-    searched = search_int4(weight)
-    assert float(searched.error.sum() / searched.rtn_error.sum()) ** 0.5 < 7 / 8
-
-
-def test_a_searched_group_of_zeros_or_of_the_smallest_subnormals_is_a_group_of_zeros() -> None:
-    weight = torch.cat((torch.zeros(2, 128), torch.full((2, 128), 1.4e-45), torch.ones(2, 128)), dim=1)
-    searched = search_int4(weight)
-    assert searched.weight.scales[:, :2].tolist() == [[0.0, 0.0], [0.0, 0.0]]
-    assert not unpack_int4(searched.weight.codes)[:, :256].any()
-    assert bool(searched.error.isfinite().all())
-    assert not searched.error[:, :2].any()
-
-
-@pytest.mark.parametrize("value", [1e-44, 2e-43, 3e-40, 3.4e38])
-def test_a_search_at_the_ends_of_float32_stays_finite_and_no_worse(value: float, generator: torch.Generator) -> None:
-    weight = torch.rand(8, 128, generator=generator) * value
-    searched = search_int4(weight)
-    assert bool(dequantize_int4(searched.weight, torch.float64).isfinite().all())
-    plain = squared_error(weight, quantize_int4(weight))
-    assert bool((squared_error(weight, searched.weight) <= plain * (1 + 1e-5)).all())
-
-
-def test_a_searched_group_has_the_same_bits_in_any_company(
-    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight = torch.randn(70, 384, generator=generator)
-    whole = search_int4(weight)
-    monkeypatch.setattr(w4afp8.weights, "SEARCH_ELEMENTS", 3 * 384)
-    for part, rows in ((search_int4(weight), slice(None)), (search_int4(weight[11:12]), slice(11, 12))):
-        assert torch.equal(part.weight.codes, whole.weight.codes[rows])
-        assert torch.equal(part.weight.scales, whole.weight.scales[rows])
-        assert torch.equal(part.error, whole.error[rows])
-    column = search_int4(weight[:, 128:256].contiguous())
-    assert torch.equal(column.weight.scales, whole.weight.scales[:, 1:2])
 
 
 def test_dequantizing_int4_refuses_scales_that_do_not_divide() -> None:

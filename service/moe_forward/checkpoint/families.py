@@ -123,3 +123,10 @@ FAMILIES: Mapping[str, Callable[[Keys, str, int], ModelSpec]] = MappingProxyType
     }
 )
 """model_type of config.json -> (config, name, group size) -> spec."""
+
+NESTED: Mapping[str, tuple[str, ...]] = MappingProxyType({"kimi_k25": ("deepseek_v3", "kimi_k2")})
+"""model_type of models that also see -> model_types of the language model in their `text_config`.
+
+Its tensors are those of the language model alone with `language_model.` before the name. Source: transformers' and
+vLLM's kimi_k25, which hand the text_config to their DeepSeek-V3.
+"""

@@ -23,6 +23,7 @@ from moe_forward.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+LANGUAGE_MODEL = "language_model."
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
 HEADER_READERS = 16  # reading a header is waiting for the file system, not work
 
@@ -74,7 +75,11 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointIndex:
-    """All tensors of a folder. files: its shards by name. tensors: by name, in the order of files and offsets."""
+    """All tensors of a folder.
+
+    files: its shards by name. tensors: by name, in the order of files and offsets; those of a language model inside
+    another without the `language_model.` before it.
+    """
 
     folder: Path
     files: tuple[Path, ...]
@@ -150,7 +155,11 @@ def open_index(folder: Path) -> CheckpointIndex:
     for name, file_name in names.items():
         if name not in tensors:
             raise CheckpointError(f"{folder / INDEX_FILE} places {name} in {file_name}, which does not hold it")
-    return CheckpointIndex(folder, files, MappingProxyType(headers), MappingProxyType(tensors))
+    plain = {name.removeprefix(LANGUAGE_MODEL): tensor for name, tensor in tensors.items()}
+    if len(plain) != len(tensors):
+        twice = next(name for name in tensors if LANGUAGE_MODEL + name in tensors)
+        raise CheckpointError(f"{folder} holds both {twice} and {LANGUAGE_MODEL}{twice}")
+    return CheckpointIndex(folder, files, MappingProxyType(headers), MappingProxyType(plain))
 
 
 def _weight_map(path: Path) -> dict[str, str]:

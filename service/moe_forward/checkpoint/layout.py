@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_forward.checkpoint import compressed_tensors
 from moe_forward.checkpoint.documents import Keys, read_document
-from moe_forward.checkpoint.families import FAMILIES
+from moe_forward.checkpoint.families import FAMILIES, NESTED
 from moe_forward.errors import CheckpointError
 from moe_forward.types import ModelSpec
 
@@ -94,17 +94,52 @@ def read_spec(folder: Path, name: str | None = None) -> ModelSpec:
     """
     path = folder / CONFIG_FILE
     config = Keys(read_document(path), str(path))
-    family = config.text("model_type")
+    language_model = text_config(config) or config
+    family = language_model.text("model_type")
     if family not in FAMILIES:
         raise CheckpointError(
-            f"{path}: model_type {family!r} is not a model this version serves; it serves {', '.join(sorted(FAMILIES))}"
+            f"{language_model.where}: model_type {family!r} is not a model this version serves; it serves "
+            f"{', '.join(sorted([*FAMILIES, *NESTED]))}"
         )
-    return FAMILIES[family](config, name or folder.resolve().name, _group_size(config))
+    group_size = _group_size(quantization_settings(config))
+    return FAMILIES[family](language_model, name or folder.resolve().name, group_size)
 
 
-def _group_size(config: Keys) -> int:
+def text_config(config: Keys) -> Keys | None:
+    """Find the language model inside the config.json of a model that also sees.
+
+    Returns: its own config; None where all of config.json is the language model's.
+    Raises: CheckpointError where it is missing, or of another family than that model's.
+    """
+    outer = config.text("model_type")
+    if outer not in NESTED:
+        return None
+    nested = config.section("text_config")
+    if nested is None:
+        raise CheckpointError(f"{config.where}: text_config must be an object where model_type is {outer!r}")
+    if (family := nested.text("model_type")) not in NESTED[outer]:
+        served = ", ".join(NESTED[outer])
+        raise CheckpointError(f"{nested.where}: model_type {family!r} inside {outer} is not served; served is {served}")
+    return nested
+
+
+def quantization_settings(config: Keys) -> Keys | None:
+    """Find how a checkpoint is quantized, by its config.json, or the language model inside it.
+
+    Returns: `quantization_config` or, as older writers call it, `compression_config`; None for no quantization.
+    Raises: CheckpointError where both the model and the language model inside it have one.
+    """
+    nested = text_config(config)
+    places = [place for place in (config, nested) if place is not None]
+    found = [place.section("quantization_config") or place.section("compression_config") for place in places]
+    settings = [section for section in found if section is not None]
+    if len(settings) > 1:
+        raise CheckpointError(f"{config.where}: expected one quantization_config, got another in text_config")
+    return settings[0] if settings else None
+
+
+def _group_size(settings: Keys | None) -> int:
     """Inputs that share an int4 scale once the checkpoint is loaded; CheckpointError for what is not served."""
-    settings = config.section("quantization_config") or config.section("compression_config")
     if settings is None:
         return GROUP_SIZE  # bf16, or TensorRT-LLM's writer, which leaves none; the tensors decide
     method = settings.text("quant_method")

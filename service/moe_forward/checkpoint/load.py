@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from moe_forward.checkpoint.compressed_tensors import clear_unscaled, decode
-from moe_forward.checkpoint.convert import quantize_matrix
+from moe_forward.checkpoint.convert import Scales, quantize_matrix
 from moe_forward.checkpoint.expected import layer_tensors
 from moe_forward.checkpoint.index import TensorInfo, open_index
 from moe_forward.checkpoint.mapped import MappedFiles, read_ahead
@@ -59,6 +59,7 @@ def load_shard(
     experts: range,
     on_progress: Callable[[int, int], None] | None = None,
     read: bool = True,
+    on_load_scales: Scales = "rtn",
 ) -> dict[int, LayerWeights]:
     """Load the experts of one rank, with the routers and shared experts, which every rank holds.
 
@@ -70,6 +71,7 @@ def load_shard(
         mapped, for somebody who brings them elsewhere and checks them there: a GPU's memory may be larger than the
         host's, which would read twice. Those of compressed-tensors then stay as they are, for
         `compressed_tensors.decode`.
+    on_load_scales: of what is quantized here, as `quantize` takes them.
     Returns: layer id -> weights on the CPU. They may be views of the mapped files; do not write to them.
     Raises: CheckpointError naming the tensor that is missing, damaged or of a format that cannot be served exactly, or
         with the numbers where what is made on the way exceeds the memory there is.
@@ -95,7 +97,7 @@ def load_shard(
     with _readers() as pool:
         shared = {layer: pool.submit(_shared, files, plan.shared, read) for layer, plan in plans.items()}
         gates = {layer: _gate(files, plan.gate) for layer, plan in plans.items()}
-        futures = {pool.submit(_expert, files, matrices): place for place, matrices in waiting.items()}
+        futures = {pool.submit(_expert, files, matrices, on_load_scales): place for place, matrices in waiting.items()}
         for future in as_completed(futures):
             place = futures[future]
             loaded[place] = future.result()
@@ -175,15 +177,16 @@ def _mapped(files: MappedFiles, matrices: tuple[Matrix, ...]) -> ExpertWeights:
     return ExpertWeights(*(Int4Weight(*(files.tensor(info) for info in matrix.tensors)) for matrix in matrices))
 
 
-def _expert(files: MappedFiles, matrices: tuple[Matrix, ...]) -> ExpertWeights:
-    return ExpertWeights(*(_int4(files, matrix) for matrix in matrices))
+def _expert(files: MappedFiles, matrices: tuple[Matrix, ...], on_load_scales: Scales) -> ExpertWeights:
+    return ExpertWeights(*(_int4(files, matrix, on_load_scales) for matrix in matrices))
 
 
-def _int4(files: MappedFiles, matrix: Matrix) -> Int4Weight:
+def _int4(files: MappedFiles, matrix: Matrix, on_load_scales: Scales) -> Int4Weight:
     if matrix.part is None:
         read_ahead(matrix.values)
     if matrix.to == "int4":
-        return Int4Weight(*quantize_matrix(files, "int4", matrix.values, matrix.scales, matrix.part))
+        source = (matrix.values, matrix.scales, matrix.part)
+        return Int4Weight(*quantize_matrix(files, "int4", *source, int4_scales=on_load_scales))
     values, scales = matrix.tensors
     weight = Int4Weight(files.tensor(values), _scales(files, scales))
     # TensorRT-LLM's writer divides by the zero scale of an all-zero group: its codes are undefined there

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moe_forward.checkpoint.expected import FLOATS
 from moe_forward.checkpoint.index import CheckpointIndex, TensorInfo
@@ -28,8 +28,8 @@ from moe_forward.errors import CheckpointError
 from moe_forward.types import ModelSpec
 
 _EXPERT = re.compile(
-    r"model\.layers\.\d+\.(?:mlp\.experts\.\d+\.(gate_proj|up_proj|down_proj)"
-    r"|block_sparse_moe\.experts\.\d+\.(w[123]))\.weight"
+    r"model\.layers\.(\d+)\.(?:mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)"
+    r"|block_sparse_moe\.experts\.(\d+)\.(w[123]))\.weight"
 )
 _PROJECTIONS = {number: projection for projection, number in MIXTRAL_PROJECTIONS.items()}
 _FUSED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
@@ -39,12 +39,21 @@ _LINEAR = re.compile(
 _FORMATS = (".weight_packed", ".qweight", ".qzeros", ".weight_zero_point", ".weight_scale", ".input_scale")
 
 
+class ExpertMatrix(NamedTuple):
+    """A matrix of a routed expert. projection: one of `PROJECTIONS`."""
+
+    layer: int
+    expert: int
+    projection: str
+
+
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """One matrix or tensor on its way.
 
     to: what becomes of it. scales: block scales of an fp8 source, else None.
     part: of a fused tensor [E, N, K]; None for all of an ordinary one.
+    matrix: which one, where it is a routed expert's, which become int4.
     entries: what comes out, the values first.
     """
 
@@ -53,6 +62,7 @@ class Conversion:
     entries: tuple[TensorEntry, ...]
     scales: TensorInfo | None = None
     part: Part | None = None
+    matrix: ExpertMatrix | None = None
 
 
 def plan_conversions(index: CheckpointIndex, spec: ModelSpec) -> dict[Path, tuple[Conversion, ...]]:
@@ -92,10 +102,12 @@ def _conversions(index: CheckpointIndex, spec: ModelSpec, info: TensorInfo) -> I
     elif fused := _FUSED.fullmatch(info.name):
         yield from _split(spec, info, int(fused[1]), fused[2])
     elif expert := _EXPERT.fullmatch(info.name):
-        shape = matrix_shape(expert[1] or _PROJECTIONS[expert[2]], spec.hidden_size, spec.intermediate_size)
+        matrix = ExpertMatrix(int(expert[1]), int(expert[2] or expert[4]), expert[3] or _PROJECTIONS[expert[5]])
+        shape = matrix_shape(matrix.projection, spec.hidden_size, spec.intermediate_size)
         if info.shape != shape:
             raise CheckpointError(f"{info}: config.json promises {list(shape)}")
-        yield Conversion("int4", info, _int4_entries(info, info.name, shape), scales=_source_scales(index, info))
+        entries = _int4_entries(info, info.name, shape)
+        yield Conversion("int4", info, entries, scales=_source_scales(index, info), matrix=matrix)
     elif info.dtype == "F8_E4M3":
         _source_scales(index, info)
         yield _copy(info)
@@ -120,7 +132,7 @@ def _split(spec: ModelSpec, info: TensorInfo, layer: int, kind: str) -> Iterator
         for number, projection in enumerate(projections):
             entries = _int4_entries(info, expert_matrix(layer, expert, projection), (rows, columns))
             part = Part(expert, number * rows, (number + 1) * rows)
-            yield Conversion("int4", info, entries, part=part)
+            yield Conversion("int4", info, entries, part=part, matrix=ExpertMatrix(layer, expert, projection))
 
 
 def _int4_entries(info: TensorInfo, name: str, shape: tuple[int, int]) -> tuple[TensorEntry, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
-from moe_forward.checkpoint import load_shard, quantize, read_spec
+from moe_forward.checkpoint import inspect, load_shard, quantize, read_spec
 from moe_forward.checkpoint.compressed_tensors import decode, is_packed
 from moe_forward.errors import CheckpointError
 from w4afp8 import (
@@ -259,3 +261,85 @@ def test_the_checkpoint_is_refused_as_a_source_of_quantize(kimi: Kimi, tmp_path:
     with pytest.raises(CheckpointError, match="already quantized, with quant_method 'compressed-tensors'"):
         quantize(kimi.folder, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def nested(kimi: Kimi, inner: str = "kimi_k2", **changes: Any) -> Path:
+    """Rewrite a folder as Kimi-K2.5 is published: the language model in `text_config` and behind a prefix."""
+    path = kimi.folder / "config.json"
+    text = json.loads(path.read_text()) | {"model_type": inner} | changes
+    vision = {"model_type": "kimi_k25_vision", "hidden_size": 64}
+    path.write_text(json.dumps({"model_type": "kimi_k25", "text_config": text, "vision_config": vision}))
+    tensors = {f"language_model.{name}": tensor for name, tensor in kimi.tensors.items()}
+    tensors["vision_tower.patch_embed.proj.weight"] = torch.zeros(4, 4)
+    for file in kimi.folder.glob("model*"):
+        file.unlink()
+    save_file(tensors, kimi.folder / "model.safetensors")
+    return kimi.folder
+
+
+@pytest.mark.parametrize("inner", ["kimi_k2", "deepseek_v3"])
+def test_a_language_model_inside_another_is_served_as_it_is_alone(kimi: Kimi, tmp_path: Path, inner: str) -> None:
+    alone = load_shard(kimi.folder, spec := read_spec(kimi.folder, "kimi"), LAYERS, range(EXPERTS))
+    folder = nested(kimi, inner)
+    assert read_spec(folder, "kimi") == spec
+    held = load_shard(folder, spec, LAYERS, range(EXPERTS))
+    for layer in LAYERS:
+        for expert, expected in zip(held[layer].experts, alone[layer].experts, strict=True):
+            for weight, same in zip(expert, expected, strict=True):
+                assert torch.equal(weight.codes, same.codes)
+                assert torch.equal(weight.scales, same.scales)
+        assert torch.equal(held[layer].gate_weight, alone[layer].gate_weight)
+    assert inspect(folder, ranks=2)
+
+
+@pytest.mark.parametrize("inside", [None, kimi_settings(32)], ids=["once", "twice"])
+def test_the_outer_config_may_hold_the_settings_alone(
+    kimi: Kimi, edit_json: Callable[..., None], inside: dict[str, Any] | None
+) -> None:
+    folder = nested(kimi, quantization_config=inside)
+    edit_json(folder / "config.json", quantization_config=kimi_settings(32))
+    if inside is None:
+        load(folder)
+    else:
+        with pytest.raises(CheckpointError, match="expected one quantization_config, got another in text_config"):
+            read_spec(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_config": None}, "text_config must be an object where model_type is 'kimi_k25'"),
+        ({"text_config": {"model_type": "llama"}}, "text_config: model_type 'llama' inside kimi_k25 is not served"),
+        ({"model_type": "llava"}, "model_type 'llava' is not a model this version serves; it serves .*kimi_k25"),
+    ],
+)
+def test_another_model_inside_is_refused_by_type(
+    kimi: Kimi, edit_json: Callable[..., None], change: dict[str, Any], message: str
+) -> None:
+    edit_json(nested(kimi) / "config.json", **change)
+    with pytest.raises(CheckpointError, match=message):
+        read_spec(kimi.folder)
+
+
+def test_an_expert_missing_inside_is_named(kimi: Kimi) -> None:
+    del kimi.tensors[f"{EXPERT}.up_proj.weight_packed"]
+    with pytest.raises(CheckpointError, match=r"misses model\.layers\.2\.mlp\.experts\.3\.up_proj"):
+        load(nested(kimi))
+
+
+def test_a_name_with_and_without_the_prefix_is_refused(kimi: Kimi) -> None:
+    folder, name = nested(kimi), "model.layers.1.mlp.gate.weight"
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: tensors[f"language_model.{name}"].clone()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"holds both {name} and language_model\.{name}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [(kimi_settings(32), "already quantized"), (None, "only a language model by itself")]
+)
+def test_a_language_model_inside_another_is_refused_as_a_source_of_quantize(
+    kimi: Kimi, tmp_path: Path, settings: dict[str, Any] | None, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        quantize(nested(kimi, quantization_config=settings), tmp_path / "out", progress=False)

@@ -106,7 +106,7 @@ def test_a_tensorrt_llm_folder_without_quantization_config_is_read(
     [
         (
             {"model_type": "qwen2_moe"},
-            "model_type 'qwen2_moe' is not .*deepseek_v2, deepseek_v3, kimi_k2, mixtral, qwen3_moe",
+            "model_type 'qwen2_moe' is not .*deepseek_v2, deepseek_v3, kimi_k2, kimi_k25, mixtral, qwen3_moe",
         ),
         ({"model_type": None}, "model_type must be a string, got nothing"),
         ({"hidden_size": "big"}, "hidden_size must be an integer >= 1, got 'big'"),

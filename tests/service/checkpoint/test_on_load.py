@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_forward.checkpoint import LayerWeights, inspect, load, load_shard, quantize, read_spec
+from moe_forward.checkpoint.convert import Scales
 from moe_forward.errors import CheckpointError
 from w4afp8 import quantize_fp8_block
 
@@ -50,9 +51,9 @@ def fuse(tensors: Tensors) -> None:
     tensors[f"{experts}.down_proj"] = torch.stack(parts["down_proj"])
 
 
-def everything(folder: Path, read: bool = True) -> dict[int, LayerWeights]:
+def everything(folder: Path, read: bool = True, scales: Scales = "rtn") -> dict[int, LayerWeights]:
     spec = read_spec(folder)
-    return load_shard(folder, spec, spec.layers, range(spec.num_experts), read=read)
+    return load_shard(folder, spec, spec.layers, range(spec.num_experts), read=read, on_load_scales=scales)
 
 
 def assert_same(one: LayerWeights, other: LayerWeights) -> None:
@@ -72,6 +73,14 @@ def test_bits_are_those_that_quantize_writes(unquantized: Path, tmp_path: Path, 
     assert list(on_load) == list(ahead)
     for layer, held in on_load.items():
         assert_same(held, ahead[layer])
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read", "mapped"])
+def test_searched_scales_are_those_that_quantize_finds(source: Path, tmp_path: Path, read: bool) -> None:
+    quantize(source, tmp_path / "ahead", workers=2, progress=False, scales="search")
+    searched = everything(source, read, "search")[1]
+    assert_same(searched, everything(tmp_path / "ahead")[1])
+    assert not torch.equal(searched.experts[0].up.scales, everything(source)[1].experts[0].up.scales)
 
 
 def test_the_log_says_what_is_quantized(source: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_forward.checkpoint import convert, load_shard, open_index, quantize, read_spec
+from moe_forward.checkpoint.device import Cpu
 from moe_forward.errors import CheckpointError
 from w4afp8 import (
     Fp8BlockWeight,
@@ -141,7 +142,7 @@ def test_deepseeks_fp8_blocks_are_a_source(
     edit_json: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(convert, "STRIP_ELEMENTS", 128)  # more than one strip of each expert's down_proj
+    monkeypatch.setattr(Cpu, "strip_elements", 128)  # more than one strip of each expert's down_proj
 
     def to_fp8(tensors: Tensors) -> None:
         for name in [name for name in tensors if "_proj" in name]:
@@ -165,7 +166,7 @@ def test_deepseeks_fp8_blocks_are_a_source(
 def test_a_matrix_taller_than_a_strip_gives_the_same_bits(
     source: Path, destination: Path, read_all: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "STRIP_ELEMENTS", 128)
+    monkeypatch.setattr(Cpu, "strip_elements", 128)
     run(source, destination)
     name, dense = f"{MLP}.experts.2.down_proj.weight", "model.layers.0.self_attn.q_a_proj.weight"
     before, after = read_all(source), read_all(destination)

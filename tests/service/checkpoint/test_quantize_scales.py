@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_forward.checkpoint import convert, load_shard, open_index, quantize, read_spec, scale_search
+from moe_forward.checkpoint import load_shard, open_index, quantize, read_spec, scale_search
+from moe_forward.checkpoint.device import Cpu
 from moe_forward.checkpoint.scale_search import REPORT_FILE, errors_path
 from moe_forward.errors import CheckpointError
 from moe_forward.main import main
 from w4afp8 import Fp8BlockWeight, Int4Weight, dequantize_fp8_block, dequantize_int4, quantize_fp8_block, quantize_int4
-from w4afp8.weights import SearchedWeight, search_int4
+from w4afp8.search import SearchedWeight, search_int4
 
 Tensors = dict[str, torch.Tensor]
 Read = Callable[[Path], Tensors]
@@ -41,10 +42,10 @@ def fail_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the search of the `call`-th matrix fail, as a kill would end it."""
     calls = iter(range(1, 1000))
 
-    def failing(weight: torch.Tensor, group_size: int) -> SearchedWeight:
+    def failing(weight: torch.Tensor, group_size: int, importance: torch.Tensor | None) -> SearchedWeight:
         if next(calls) >= call:
             raise KeyboardInterrupt
-        return search_int4(weight, group_size)
+        return search_int4(weight, group_size, importance)
 
     monkeypatch.setattr(scale_search, "search_int4", failing)
 
@@ -66,7 +67,7 @@ def relative_error(weight: torch.Tensor, quantized: Int4Weight) -> float:
     return float((dequantize_int4(quantized, torch.float64) - weight.double()).norm() / weight.double().norm())
 
 
-@pytest.mark.parametrize("strip_elements", [convert.STRIP_ELEMENTS, 128], ids=["whole", "strips"])
+@pytest.mark.parametrize("strip_elements", [Cpu.strip_elements, 128], ids=["whole", "strips"])
 def test_experts_get_searched_scales_and_all_else_is_as_without(
     source: Path,
     destination: Path,
@@ -75,7 +76,7 @@ def test_experts_get_searched_scales_and_all_else_is_as_without(
     monkeypatch: pytest.MonkeyPatch,
     strip_elements: int,
 ) -> None:
-    monkeypatch.setattr(convert, "STRIP_ELEMENTS", strip_elements)
+    monkeypatch.setattr(Cpu, "strip_elements", strip_elements)
     search(source, destination)
     quantize(source, tmp_path / "plain", workers=2, progress=False)
     before, after, plain = read_all(source), read_all(destination), read_all(tmp_path / "plain")
@@ -138,7 +139,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped_and_reports_all_of_it(
     with monkeypatch.context() as patch:
         fail_at(11, patch)
         with pytest.raises(KeyboardInterrupt):
-            search(source, destination)
+            search(source, destination, workers=1)  # matrices in their order
     stamp = (destination / EXPERTS_SHARD).stat().st_mtime_ns
     assert not (destination / REPORT_FILE).exists()
     search(source, destination)
@@ -154,7 +155,7 @@ def test_a_finished_shard_whose_errors_are_lost_is_refused_before_any_work(
     with monkeypatch.context() as patch:
         fail_at(11, patch)
         with pytest.raises(KeyboardInterrupt):
-            search(source, destination)
+            search(source, destination, workers=1)  # matrices in their order
     errors_path(destination / EXPERTS_SHARD).unlink()
     with monkeypatch.context() as patch:
         fail_at(1, patch)
@@ -198,7 +199,7 @@ def test_deepseeks_fp8_blocks_are_searched_as_bf16(
     edit_json: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(convert, "STRIP_ELEMENTS", 128)  # more than one strip of each expert's down_proj
+    monkeypatch.setattr(Cpu, "strip_elements", 128)  # more than one strip of each expert's down_proj
 
     def to_fp8(tensors: Tensors) -> None:
         for name in [name for name in tensors if "_proj" in name]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,13 +72,36 @@ def test_a_failing_job_leaves_the_shards_before_it_and_no_part_of_its_own(tmp_pa
     def fail() -> tuple[torch.Tensor]:
         raise RuntimeError("disk on fire")
 
-    good = Shard(tmp_path / "1.safetensors", {}, (Job((entry,), 8, lambda: (torch.ones(2),)),))
+    good = (Job((entry,), 8, lambda: (torch.ones(2),)),)
+    first, third = (Shard(tmp_path / f"{number}.safetensors", {}, good) for number in (1, 3))
     bad = Shard(tmp_path / "2.safetensors", {}, (Job((entry,), 8, fail),))
     done: list[int] = []
     with pytest.raises(RuntimeError, match="disk on fire"):
-        write_shards([good, bad, good], 2, done.append)
+        write_shards([first, bad, third], 2, done.append)
     assert [path.name for path in tmp_path.iterdir()] == ["1.safetensors"]
     assert done == [8]
+
+
+def test_a_shard_begins_while_the_last_job_of_the_one_before_still_runs(tmp_path: Path) -> None:
+    entry, begun = TensorEntry("a", "F32", (2,)), threading.Event()
+
+    def wait_for_the_second() -> tuple[torch.Tensor]:
+        assert begun.wait(60)
+        return (torch.ones(2),)
+
+    def begin() -> tuple[torch.Tensor]:
+        begun.set()
+        return (torch.zeros(2),)
+
+    makers = (wait_for_the_second, begin)
+    shards = [Shard(tmp_path / f"{n}.safetensors", {}, (Job((entry,), 8, make),)) for n, make in enumerate(makers)]
+    write_shards(shards, 2, lambda _: None)
+    assert [load_file(shard.path)["a"].tolist() for shard in shards] == [[1, 1], [0, 0]]
+
+
+def test_a_shard_without_tensors_is_written(tmp_path: Path) -> None:
+    write_shards([Shard(tmp_path / "1.safetensors", {"format": "pt"}, ())], 2, lambda _: None)
+    assert load_file(tmp_path / "1.safetensors") == {}
 
 
 def test_torch_keeps_its_threads(tmp_path: Path) -> None:

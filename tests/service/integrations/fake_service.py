@@ -15,12 +15,14 @@ from .tiny_models import EXPERTS, HIDDEN, TOP_K
 class FakeService(httpx.MockTransport):
     """Answers what `attach` asks; a forward of layer N gives hidden states times N + 2.
 
-    layers: what it serves. placement: other answers of `/v1/placement`. refusal: answers every forward.
+    layers: what it serves. family: of the model it serves. placement: other answers of `/v1/placement`.
+    refusal: answers every forward.
     """
 
     def __init__(
         self,
         layers: Sequence[int] = range(8),
+        family: str = "DeepseekV3",
         placement: dict[str, Any] | None = None,
         refusal: tuple[int, str, str] | None = None,
     ) -> None:
@@ -30,6 +32,8 @@ class FakeService(httpx.MockTransport):
             "hidden_size": HIDDEN,
             "num_experts": EXPERTS,
             "top_k": TOP_K,
+            "shared_experts": family == "DeepseekV3",
+            "gate": "deepseek_v3" if family == "DeepseekV3" else "softmax",
             "layers": list(layers),
             **(placement or {}),
         }

@@ -45,7 +45,7 @@ def blocks(model: Any) -> list[Any]:
 
 
 def test_every_moe_layer_is_asked_for_by_its_id(model: Any, family: str) -> None:
-    service = FakeService()
+    service = FakeService(family=family)
     with attach(model, URL, transport=service) as attached, torch.no_grad():
         model(prompts(model, rows=2, tokens=7))
     assert list(attached.layers) == LAYERS[family]
@@ -58,14 +58,14 @@ def test_every_moe_layer_is_asked_for_by_its_id(model: Any, family: str) -> None
 def test_a_block_keeps_shape_and_type_and_gives_the_service_s_output(family: str, dtype: torch.dtype) -> None:
     model = make_model(family).to(dtype)
     hidden = torch.randn(2, 3, 256).to(dtype)
-    with attach(model, URL, transport=FakeService()):
+    with attach(model, URL, transport=FakeService(family=family)):
         output = blocks(model)[2](hidden)
     assert output.dtype == dtype
     assert torch.equal(output, hidden * 4)
 
 
-def test_the_local_gate_s_choice_is_sent_and_shared_experts_come_once(model: Any) -> None:
-    service = FakeService()
+def test_the_local_gate_s_choice_is_sent_and_shared_experts_come_once(model: Any, family: str) -> None:
+    service = FakeService(family=family)
     block = blocks(model)[2]
     hidden = torch.randn(2, 3, 256)
     chosen: list[torch.Tensor] = []
@@ -83,13 +83,13 @@ def test_the_local_gate_s_choice_is_sent_and_shared_experts_come_once(model: Any
 
 
 def test_router_logits_of_the_local_gate_are_still_given(model: Any, family: str) -> None:
-    with attach(model, URL, gate="local", transport=FakeService()), torch.no_grad():
+    with attach(model, URL, gate="local", transport=FakeService(family=family)), torch.no_grad():
         logits = model.model(prompts(model), output_router_logits=True).router_logits
     assert [list(layer.shape) for layer in logits] == [[14, 8]] * len(LAYERS[family])
 
 
-def test_only_the_named_layers_are_attached_and_others_may_go_elsewhere(model: Any) -> None:
-    first, second = FakeService([1]), FakeService([2])
+def test_only_the_named_layers_are_attached_and_others_may_go_elsewhere(model: Any, family: str) -> None:
+    first, second = FakeService([1], family), FakeService([2], family)
     before = blocks(model)
     with (
         attach(model, URL, layers=[1], transport=first),
@@ -102,8 +102,8 @@ def test_only_the_named_layers_are_attached_and_others_may_go_elsewhere(model: A
 
 
 @pytest.mark.parametrize("gate", ["server", "local"])
-def test_detach_puts_back_the_very_modules_and_closes_the_connections(model: Any, gate: Any) -> None:
-    service = FakeService()
+def test_detach_puts_back_the_very_modules_and_closes_the_connections(model: Any, family: str, gate: Any) -> None:
+    service = FakeService(family=family)
     before = dict(model.named_modules())
     with torch.no_grad():
         expected = model(prompts(model)).logits
@@ -117,15 +117,17 @@ def test_detach_puts_back_the_very_modules_and_closes_the_connections(model: Any
     assert service.forwards == []
 
 
-def test_an_error_inside_the_context_still_detaches(model: Any) -> None:
+def test_an_error_inside_the_context_still_detaches(model: Any, family: str) -> None:
     before = blocks(model)
-    with pytest.raises(KeyError), attach(model, URL, transport=FakeService()):
+    with pytest.raises(KeyError), attach(model, URL, transport=FakeService(family=family)):
         raise KeyError
     assert blocks(model) == before
 
 
-def test_the_server_s_refusal_is_raised_with_its_message(model: Any) -> None:
-    service = FakeService(refusal=(413, "too_many_tokens", "hidden_states has 14 tokens, expected at most 8"))
+def test_the_server_s_refusal_is_raised_with_its_message(model: Any, family: str) -> None:
+    service = FakeService(
+        family=family, refusal=(413, "too_many_tokens", "hidden_states has 14 tokens, expected at most 8")
+    )
     with (
         attach(model, URL, transport=service),
         pytest.raises(RequestRefused, match="has 14 tokens, expected at most 8") as raised,
@@ -177,9 +179,11 @@ def test_blocks_on_the_meta_device_are_enough() -> None:
         ({"hidden_size": 512}, "hidden_size 256 in the model, 512 served"),
         ({"num_experts": 16, "top_k": 4}, "num_experts 8 in the model, 16 served; top_k 2 in the model, 4 served"),
         ({"model": None}, "columns of hidden_states 256 in the model, None served"),
+        ({"shared_experts": False}, "another one: shared_experts True in the model, False served"),
+        ({"gate": "softmax"}, "another one: gate deepseek_v3 in the model, softmax served"),
         ({"layers": [0, 1]}, r"layers 2 of the model are not served; the service's model 'fake' has 0-1"),
     ],
-    ids=["hidden size", "experts and top-k", "not this service", "layers"],
+    ids=["hidden size", "experts and top-k", "not this service", "shared experts", "gate", "layers"],
 )
 def test_a_service_of_another_model_is_refused(deepseek: Any, served: dict[str, Any], message: str) -> None:
     service, before = FakeService(placement=served), blocks(deepseek)
@@ -189,10 +193,23 @@ def test_a_service_of_another_model_is_refused(deepseek: Any, served: dict[str, 
     assert service.closed
 
 
+def test_a_gate_of_another_kind_is_no_matter_where_the_model_routes(deepseek: Any) -> None:
+    with attach(deepseek, URL, gate="local", transport=FakeService(placement={"gate": "softmax"})) as attached:
+        assert attached.layers == (1, 2)
+
+
+def test_a_model_without_shared_experts_takes_a_service_without() -> None:
+    model = make_model("DeepseekV3", n_shared_experts=0)
+    with pytest.raises(ValueError, match="shared_experts False in the model, True served"):
+        attach(model, URL, transport=FakeService())
+    with attach(model, URL, transport=FakeService(placement={"shared_experts": False})) as attached:
+        assert attached.layers == (1, 2)
+
+
 def test_metadata_that_differ_from_the_model_are_refused() -> None:
     model = make_model("Qwen3Moe", num_experts_per_tok=4)
     with pytest.raises(ValueError, match="columns of topk_ids 4 in the model, 2 served"):
-        attach(model, URL, transport=FakeService(placement={"top_k": 4}))
+        attach(model, URL, transport=FakeService(family="Qwen3Moe", placement={"top_k": 4}))
 
 
 @pytest.mark.parametrize("layers", [[0, 1], [7], []], ids=["a dense one", "beyond the model", "none"])

@@ -10,10 +10,13 @@ routers that were changed, and for `output_router_logits`. Shared experts are th
 
 `state_dict` and `save_pretrained` of an attached model lack what the service computes: detach first. The service
 has no backward, and a call of it ends a compiled graph.
+
+`record_calibration` writes what `moe-forward quantize --calibration` reads, while a model runs.
 """
 
 from __future__ import annotations
 
 from moe_forward.integrations.transformers.attach import Attached, attach
+from moe_forward.integrations.transformers.calibration import record_calibration
 
-__all__ = ["Attached", "attach"]
+__all__ = ["Attached", "attach", "record_calibration"]

@@ -9,19 +9,22 @@ from moe_forward.integrations.transformers.families import Sizes
 
 
 def check_agreement(
-    sizes: Sizes, layers: Sequence[int], placement: Mapping[str, Any], metadata: Mapping[str, Any]
+    sizes: Sizes, layers: Sequence[int], placement: Mapping[str, Any], metadata: Mapping[str, Any], routes: bool
 ) -> None:
     """Refuse a service of another model.
 
     layers: ids that the model wants to have computed.
     placement: answer of `/v1/placement`. metadata: answer of `/v2/models/{model}`.
+    routes: whether the service's gate is to choose experts, which must then be of the model's kind.
     Raises: ValueError naming each size that differs, or the layers that are not served.
     """
     columns = {tensor["name"]: tensor["shape"][-1] for tensor in metadata.get("inputs", ())}
-    compared = [
+    compared: list[tuple[str, object, object]] = [
         ("hidden_size", sizes.hidden_size, placement.get("hidden_size")),
         ("num_experts", sizes.num_experts, placement.get("num_experts")),
         ("top_k", sizes.top_k, placement.get("top_k")),
+        ("shared_experts", sizes.shared_experts, placement.get("shared_experts")),
+        *([("gate", sizes.gate, placement.get("gate"))] if routes else []),
         ("columns of hidden_states", sizes.hidden_size, columns.get("hidden_states")),
         ("columns of router_logits", sizes.num_experts, columns.get("router_logits")),
         ("columns of topk_ids", sizes.top_k, columns.get("topk_ids")),

@@ -85,7 +85,8 @@ def attach(
     with ExitStack() as closing:
         client = closing.enter_context(Client(url, **client_options))
         placement = client.placement()
-        check_agreement(read_sizes(model, family), list(blocks), placement, client.metadata(placement.get("model")))
+        metadata = client.metadata(placement.get("model"))
+        check_agreement(read_sizes(model, family), list(blocks), placement, metadata, routes=gate == "server")
         taken: list[Slot] = []
         for layer, block in blocks.items():
             remote = RemoteLayer(client, layer, max_request_tokens)

@@ -16,30 +16,34 @@ class Family:
 
     block: class of an MoE block, which calls its child `experts` with (hidden states, ids, weights).
     num_experts: key of the config that counts the routed experts.
+    gate: kind of the block's own gate, as `/v1/placement` names it.
     shared_experts: child of the block whose output it adds, or None.
     """
 
     block: str
     num_experts: str
+    gate: str
     shared_experts: str | None = None
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "deepseek_v3": Family("DeepseekV3MoE", "n_routed_experts", shared_experts="shared_experts"),
-        "mixtral": Family("MixtralSparseMoeBlock", "num_local_experts"),
-        "qwen3_moe": Family("Qwen3MoeSparseMoeBlock", "num_experts"),
+        "deepseek_v3": Family("DeepseekV3MoE", "n_routed_experts", "deepseek_v3", shared_experts="shared_experts"),
+        "mixtral": Family("MixtralSparseMoeBlock", "num_local_experts", "softmax"),
+        "qwen3_moe": Family("Qwen3MoeSparseMoeBlock", "num_experts", "softmax"),
     }
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the model and the service must agree in."""
+    """What the model and the service must agree in. gate: needs not where the model's own gate routes."""
 
     hidden_size: int
     num_experts: int
     top_k: int
+    shared_experts: bool
+    gate: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,13 @@ def find_family(model: nn.Module) -> Family:
 def read_sizes(model: nn.Module, family: Family) -> Sizes:
     """Sizes by the model's config."""
     config: Any = model.config
-    return Sizes(config.hidden_size, getattr(config, family.num_experts), config.num_experts_per_tok)
+    return Sizes(
+        hidden_size=config.hidden_size,
+        num_experts=getattr(config, family.num_experts),
+        top_k=config.num_experts_per_tok,
+        shared_experts=family.shared_experts is not None and config.n_shared_experts > 0,
+        gate=family.gate,
+    )
 
 
 def find_blocks(model: nn.Module, classes: tuple[str, ...]) -> dict[int, Slot]:
