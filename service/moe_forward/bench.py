@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from moe_forward.client import AsyncClient, MoEForwardClientError, TransportFailed, Unavailable
+from moe_forward.client import AsyncClient, MoEForwardClientError, TransportFailed, Unavailable, read_api_key
 
 BenchDType = Literal["bf16", "f16", "f32", "fp8"]
 Hidden = tuple[torch.Tensor, torch.Tensor | None]
@@ -118,24 +118,30 @@ def bench(
     dtype: BenchDType = "bf16",
     seed: int = 0,
     json_path: Path | None = None,
+    api_key_file: Path | None = None,
+    ca_file: Path | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> BenchReport:
     """Load a service with random hidden states, print a table and return the figures.
 
     layer to seed: as in `Load`. json_path: where to write the report too.
+    api_key_file: whose first key to send. ca_file: PEM certificates to trust for https; None: the usual ones.
     transport: httpx transport to use instead of the network, for tests.
     Raises: ValueError naming the argument; MoEForwardClientError when the service does not tell its placement.
     """
     load = Load(layer, tuple(tokens), concurrency, seconds, warmup_seconds, dtype, seed)
-    report = asyncio.run(_bench(url, load, transport))
+    options: dict[str, Any] = {"verify": True if ca_file is None else ca_file, "transport": transport}
+    if api_key_file is not None:
+        options["api_key"] = read_api_key(api_key_file)
+    report = asyncio.run(_bench(url, load, options))
     print(report.table())
     if json_path is not None:
         json_path.write_text(report.to_json() + "\n")
     return report
 
 
-async def _bench(url: str, load: Load, transport: httpx.AsyncBaseTransport | None) -> BenchReport:
-    async with AsyncClient(url, retries=0, transport=transport) as client:  # a retry would hide errors and waiting
+async def _bench(url: str, load: Load, options: dict[str, Any]) -> BenchReport:
+    async with AsyncClient(url, retries=0, **options) as client:  # a retry would hide errors and waiting
         placement = await client.placement()
         try:
             model, hidden_size = str(placement["model"]), int(placement["hidden_size"])

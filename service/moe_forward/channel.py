@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_forward.errors import ChannelClosed
-from moe_forward.messages import Message, pack, unpack
+from moe_forward.messages import Message, pack, read
 
 log = logging.getLogger(__name__)
 
@@ -80,19 +80,11 @@ class _Receiver:
                 raise ChannelClosed("the other end is gone")
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ChannelClosed("a message was longer than the limit")
-            return _read(memoryview(self._buffer)[:size]), fds.tolist()
+            return read(memoryview(self._buffer)[:size]), fds.tolist()
         except ChannelClosed:
             for fd in fds:
                 os.close(fd)
             raise
-
-
-def _read(data: memoryview) -> Message:
-    """Return the message in `data`; what cannot be read means another program or version: raises ChannelClosed."""
-    try:
-        return unpack(data)
-    except (ValueError, TypeError, KeyError, struct.error) as error:
-        raise ChannelClosed(f"a message could not be read: {error}") from error
 
 
 def _send(sock: socket.socket, data: bytes, fd: int | None) -> None:
@@ -121,6 +113,10 @@ class BlockingChannel:
             _send(self._sock, pack(message), None)
         except ConnectionError as error:
             raise ChannelClosed(str(error)) from error
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, to wait on several channels."""
+        return self._sock.fileno()
 
     def close(self) -> None:
         """Close our end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,10 @@ class Config(BaseModel):
     model: str = Field("synthetic:tiny", description="Checkpoint folder, or synthetic:NAME to make and serve a preset.")
     served_model_name: str | None = Field(None, description="Name in URLs and metrics; default: the folder's name.")
     layers: str | None = Field(None, description="Layers to serve, such as 3-60 or 3,5,7-9; default: every MoE layer.")
+    on_load_scales: Literal["rtn", "search"] = Field(
+        "rtn",
+        description="Scales of experts quantized at start: amax / 7, or searched for less error at twice the work.",
+    )
 
     ranks: int | None = Field(None, ge=1, le=1024, description="Ranks, one per GPU; default: all GPUs, or 2 on CPU.")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -37,10 +42,36 @@ class Config(BaseModel):
     )
     rank_threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default: cores / ranks.")
 
+    ray_address: str | None = Field(
+        None,
+        pattern=r"^(auto|[^\s/]+:[0-9]{1,5})$",
+        description="Running Ray cluster to join, auto or HOST:PORT of its GCS; default: a Ray of our own on loopback.",
+    )
+    allow_ray_without_token: bool = Field(
+        False, description="The Ray cluster to join asks for no token: everybody who reaches it may run programs there."
+    )
+    remote_ranks_port: int = Field(
+        0, ge=0, le=65535, description="TCP port on this node's address for ranks of other nodes; 0 takes a free one."
+    )
+
     host: str = Field("127.0.0.1", description="Address the HTTP front end listens on.")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
     metrics_port: int = Field(9400, ge=0, le=65535, description="Port of GET /metrics; 0 takes a free one.")
     admin_token_file: Path | None = Field(None, description="File with the bearer token of POST /v1/drain.")
+    api_keys_file: Path | None = Field(
+        None, description="File of API keys, NAME:KEY or KEY a line, re-read when it changes; none: nobody is asked."
+    )
+    allow_anonymous: bool = Field(
+        False, description="Listen beyond loopback without API keys or client certificates, on a trusted network."
+    )
+    tls_certificate_file: Path | None = Field(
+        None, description="PEM certificate chain of the HTTP port, re-read when it changes; none: no TLS."
+    )
+    tls_key_file: Path | None = Field(None, description="PEM private key of tls_certificate_file, not encrypted.")
+    tls_client_ca_file: Path | None = Field(
+        None, description="PEM certificates of who may sign clients' certificates; with it, every client needs one."
+    )
+    docs: bool = Field(True, description="Serve /docs and /openapi.json, to everybody, API keys or not.")
 
     max_step_tokens: int = Field(8192, ge=1, le=1 << 20, description="Rows of one step at most.")
     max_rank_tokens: int = Field(
@@ -64,11 +95,28 @@ class Config(BaseModel):
     default_timeout_seconds: float = Field(30.0, gt=0, le=3600, description="Deadline where a request names none.")
     max_timeout_seconds: float = Field(600.0, gt=0, le=3600, description="Longest deadline a request may name.")
     body_timeout_seconds: float = Field(30.0, gt=0, description="Longest time to receive a body.")
+    header_timeout_seconds: float = Field(
+        10.0, gt=0, description="Longest time from a connection, or a further request's first byte, to its headers."
+    )
+    keep_alive_seconds: int = Field(
+        5, ge=1, le=3600, description="Longest rest of a connection between two requests; clients should give up first."
+    )
+    max_connections: int = Field(8192, ge=1, le=1 << 20, description="Open HTTP connections at most; more get 503.")
+    max_header_bytes: int = Field(32768, ge=1024, le=1 << 20, description="Request line and headers at most.")
     step_timeout_seconds: float = Field(120.0, gt=0, description="A step that takes longer means a lost rank group.")
     start_timeout_seconds: float = Field(600.0, gt=0, description="The process ends when ranks are not ready by then.")
     drain_timeout_seconds: float = Field(30.0, ge=0, description="Longest wait for requests in flight on SIGTERM.")
     max_rank_restarts: int = Field(3, ge=0, description="Times a lost rank group is started again before giving up.")
 
+    expert_metrics: bool = Field(
+        False, description="Count the tokens of every expert: a series for each layer and expert, 32768 at most."
+    )
+    trace_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$",
+        description="URL of an OpenTelemetry collector that takes spans by OTLP over HTTP, such as "
+        "http://collector:4318; none: no traces.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     log_format: Literal["text", "json"] = Field("text", description="One line of text or one JSON object a record.")
 
@@ -91,10 +139,45 @@ class Config(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _strangers_are_expected_or_kept_out(self) -> Config:
+        known = self.api_keys_file is not None or self.tls_client_ca_file is not None
+        if not (_is_loopback(self.host) or known or self.allow_anonymous):
+            raise ValueError(
+                f"host {self.host!r} is not loopback, so anybody who reaches it could send requests: set api_keys_file "
+                "(or tls_client_ca_file), or allow_anonymous: true where the network lets only the right ones through"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tls_is_complete(self) -> Config:
+        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_certificate_file and tls_key_file must be set together")
+        if self.tls_client_ca_file is not None and self.tls_certificate_file is None:
+            raise ValueError("tls_client_ca_file needs tls_certificate_file and tls_key_file")
+        return self
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _name_is_one_part_of_a_path(cls, value: str | None) -> str | None:
+        if value is not None and (not value.isprintable() or "/" in value or value.strip() in ("", ".", "..")):
+            raise ValueError("must be printable and hold no '/', since it stands in the path /v2/models/{model}")
+        return value
+
     @field_validator("layers", mode="before")
     @classmethod
     def _one_layer_is_a_number_in_yaml(cls, value: object) -> object:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`; a name other than localhost may be anything."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:

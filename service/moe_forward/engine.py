@@ -19,7 +19,17 @@ from moe_forward.channel import AsyncChannel, same_user
 from moe_forward.errors import ErrorCode
 from moe_forward.messages import Announce, Cancel, FrontHello, Message, RankHello
 from moe_forward.peers import Fronts, Ranks
-from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, RankInfo, Step, StepReport, StepResult
+from moe_forward.queue_watch import QueueWatch
+from moe_forward.types import (
+    EngineStatus,
+    ForwardRequest,
+    ForwardResult,
+    QueueReport,
+    RankInfo,
+    Step,
+    StepReport,
+    StepResult,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +59,7 @@ class Engine:
         self._channels: set[AsyncChannel] = set()
         self._ranks = Ranks()
         self._fronts = Fronts(self._ranks)
+        self._queue_watch = QueueWatch(self._waiting, self._fronts.report)
         self._status = EngineStatus(reason="no rank group was announced yet")
         self._running: _Running | None = None
         self._held: dict[int, list[ForwardRequest]] = {}
@@ -75,6 +86,7 @@ class Engine:
         for timer in (self._timer, self._running.watchdog if self._running else None):
             if timer is not None:
                 timer.cancel()
+        self._queue_watch.close()
         for channel in self._channels:
             channel.close()
         self._fronts.close()
@@ -208,6 +220,10 @@ class Engine:
             if queued_requests:
                 self._start(queued_requests, now)
         self._set_timer(now)
+        self._queue_watch.changed()
+
+    def _waiting(self) -> QueueReport:
+        return QueueReport(self._batcher.requests, self._batcher.tokens)
 
     def _set_timer(self, now: float) -> None:
         if self._timer is not None:
@@ -263,14 +279,18 @@ class Engine:
                 step_seconds=seconds,
                 batch_tokens=tokens,
                 batch_requests=count,
+                step=running.step.step,
+                generation=running.step.generation,
             )
             if index in non_finite:
                 message = "hidden_states, hidden_scales or router_logits hold NaN or Inf"
                 result = replace(result, code=ErrorCode.NON_FINITE, message=message)
             self._fronts.answer(result)
         results = tuple(running.results[rank] for rank in sorted(running.results))
-        waiting = (self._batcher.requests, self._batcher.tokens)
-        self._fronts.report(StepReport(running.step.layer, tokens, count, *waiting, results=results))
+        waiting = self._waiting()
+        report = StepReport(running.step.layer, tokens, count, waiting.requests, waiting.tokens, results)
+        self._fronts.report(report)
+        self._queue_watch.told(waiting)
 
     # Loss of ranks
 

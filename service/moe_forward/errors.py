@@ -33,6 +33,10 @@ class ErrorCode(enum.IntEnum):
     RANK_LOST = 23
     DEADLINE_EXCEEDED = 24
     CANCELLED = 25
+    MALFORMED_REQUEST = 26
+    HEADERS_TOO_LARGE = 27
+    HEADER_TIMEOUT = 28
+    TOO_MANY_CONNECTIONS = 29
 
     @property
     def slug(self) -> str:

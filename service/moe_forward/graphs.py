@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_forward.cuda_graphs import Record, Work, buckets
 from moe_forward.errors import StartError
 from moe_forward.experts import PhaseClock
-from moe_forward.layer_forward import LayerForward
+from moe_forward.layer_forward import LayerForward, StepCounts
 from moe_forward.slab_rows import wait
 from moe_forward.stopwatch import DeviceStopwatch, Event, Span, Untimed, graph_pairs
 from w4afp8 import Quantized
@@ -57,7 +57,7 @@ class GraphedForward:
         self._tokens, self._ids, self._weights = shape.example(max_tokens)
         self._shared = torch.zeros(max_tokens, dtype=torch.bool, device=shape.device)
         self._output = torch.empty(max_tokens, shape.hidden_size, device=shape.device)
-        self._routed_rows = torch.zeros(1, dtype=torch.int64, device=shape.device)
+        self._counts = StepCounts.zeros(shape)
 
     def forward(
         self,
@@ -69,11 +69,12 @@ class GraphedForward:
         clock: PhaseClock,
         *,
         most_tokens: int | None = None,
-        routed_rows: Tensor | None = None,
+        counts: StepCounts | None = None,
     ) -> Tensor:
         """Forward this rank's tokens; collective. See `LayerForward.forward`.
 
         most_tokens: the largest T of all ranks, the same on all of them; None: T is.
+        counts: to which what is counted is added.
         Returns: [T, H] float32, valid until the next call.
         """
         count = topk_ids.shape[0]
@@ -91,8 +92,8 @@ class GraphedForward:
             parts.append(self._output[: part.stop - part.start])
             if most > largest:
                 parts[-1] = parts[-1].clone()
-            if routed_rows is not None:
-                routed_rows.add_(self._routed_rows)
+            if counts is not None:
+                counts.values.add_(self._counts.values)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def warm_up(self, layers: Sequence[int]) -> None:
@@ -137,7 +138,6 @@ class GraphedForward:
             clock.add(graph.spans)
 
     def _compute(self, layer: int, bucket: int, shared: bool, clock: PhaseClock) -> None:
-        self._routed_rows.zero_()
         self._forward.forward(
             layer,
             Quantized(self._tokens.values[:bucket], self._tokens.scales[:bucket]),
@@ -145,7 +145,7 @@ class GraphedForward:
             self._weights[:bucket],
             self._shared[:bucket] if shared else None,
             clock,
-            routed_rows=self._routed_rows,
+            counts=self._counts,
             out=self._output[:bucket],
         )
 

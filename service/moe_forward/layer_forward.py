@@ -38,6 +38,31 @@ class TokenShape:
         return Quantized(values.view(torch.float8_e4m3fn), scales), slots % self.num_experts, weights
 
 
+class StepCounts:
+    """What a rank counts of a step on its device: one tensor, so that it is one copy to the host.
+
+    values: [E + 3] int64: payload bytes from and back to other ranks, then where each local expert's rows end, from 0.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def zeros(cls, shape: TokenShape) -> StepCounts:
+        """Nothing counted yet; there is room for every expert, since a rank may hold them all."""
+        return cls(torch.zeros(shape.num_experts + 3, dtype=torch.int64, device=shape.device))
+
+    @property
+    def moved_bytes(self) -> Tensor:
+        """[2] int64: bytes that came in dispatch, and that went back in combine."""
+        return self.values[:2]
+
+    @property
+    def offsets(self) -> Tensor:
+        """[E + 1] int64, of which a rank uses the first E_local + 1; see `Dispatched.offsets`."""
+        return self.values[2:]
+
+
 class LayerForward:
     """The layer as it is, for any number of tokens that the exchange takes. shape: of the tokens."""
 
@@ -56,7 +81,7 @@ class LayerForward:
         clock: PhaseClock,
         *,
         most_tokens: int | None = None,
-        routed_rows: Tensor | None = None,
+        counts: StepCounts | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Forward this rank's tokens; collective: every rank of the group makes the same call.
@@ -66,7 +91,7 @@ class LayerForward:
         shared_tokens: [T] bool, tokens that get the shared experts' output too; None for no token.
         clock: times the phases.
         most_tokens: the largest T of all ranks, for a forward that pads; not needed here.
-        routed_rows: [1] int64, to which the number of rows that this rank's experts computed is added.
+        counts: written over with what is counted of this forward.
         out: [T, H] float32 to write into.
         Returns: `out`, else [T, H] float32, or bfloat16 where the exchange combines in it and nothing was added.
         """
@@ -77,8 +102,9 @@ class LayerForward:
         )
         with clock("combine"):
             output = self._exchange.combine(rows, received.handle)
-        if routed_rows is not None:
-            routed_rows.add_(received.offsets[-1:])
+        if counts is not None:
+            counts.offsets[: len(received.offsets)].copy_(received.offsets)
+            self._exchange.count_bytes(rows, received.handle, counts.moved_bytes)
         if shared_tokens is not None:
             with clock("shared_experts"):
                 # For every token, since which of them want it is known on the device only; a NaN of one that does not

@@ -13,7 +13,7 @@ from moe_forward.channel import AsyncChannel, connect
 from moe_forward.errors import ErrorCode
 from moe_forward.messages import Announce, Cancel, FrontHello, FrontWelcome, Message, Released
 from moe_forward.slab import Slab
-from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, StepReport
+from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, QueueReport, StepReport
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class EngineLink:
 
     slab: this front end's memory, announced to the engine on every connection.
     status: the engine as it last described itself. on_status, on_report: called with each status and finished step.
+    on_queue: called with what waits in the engine, after it has changed.
     """
 
     def __init__(self, socket_path: Path, slab: Slab) -> None:
@@ -34,6 +35,7 @@ class EngineLink:
         self.status = EngineStatus()
         self.on_status: Callable[[EngineStatus], None] = lambda status: None
         self.on_report: Callable[[StepReport], None] = lambda report: None
+        self.on_queue: Callable[[QueueReport], None] = lambda report: None
         self._path = socket_path
         self._channel: AsyncChannel | None = None
         self._announced: Announce | None = None
@@ -119,6 +121,8 @@ class EngineLink:
             self._finish(message)
         elif isinstance(message, StepReport):
             self.on_report(message)
+        elif isinstance(message, QueueReport):
+            self.on_queue(message)
         elif isinstance(message, EngineStatus):
             self._set_status(message)
         elif isinstance(message, Released):

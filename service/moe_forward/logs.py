@@ -77,8 +77,10 @@ def configure(level: str, format: Literal["text", "json"], stream: TextIO | None
     root.addHandler(handler)
     root.setLevel(level.upper())
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):  # they bring handlers of their own
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
     # one line per request is ours, with the fields an operator needs; a second one from uvicorn is noise
     logging.getLogger("uvicorn.access").disabled = True
 

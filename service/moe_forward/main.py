@@ -42,7 +42,7 @@ def _serve(options: dict[str, object]) -> None:
     logs.configure(config.log_level, config.log_format)
     # Until the event loop takes the signal over, the default action would leave the folder behind.
     signal.signal(signal.SIGTERM, _stop)
-    with runtime_folder() as folder:
+    with runtime_folder(config.ray_address is not None, config.allow_ray_without_token) as folder:
         from moe_forward.serve import serve
 
         serve(config, folder)
@@ -116,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--device", choices=("auto", "cpu", "cuda"))
     serve.add_argument("--exchange", choices=("auto", "deepep", "nccl", "gloo", "local"))
     serve.add_argument("--host", help="default: 127.0.0.1")
+    serve.add_argument("--api-keys-file", type=Path, metavar="FILE", help="who may call: NAME:KEY or KEY a line")
+    serve.add_argument(
+        "--allow-anonymous", action="store_true", default=None, help="listen beyond loopback without API keys"
+    )
     serve.add_argument("--port", type=int, help="default: 8000; 0 takes a free one")
     serve.add_argument("--metrics-port", type=int, help="default: 9400; 0 takes a free one")
 
@@ -130,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
         default="rtn",
         help="of int4: amax / 7, or searched for the least error, with a report of both (default: rtn)",
     )
+    quantize.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="mean squares of activations: search by the error of outputs"
+    )
+    quantize.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
 
     inspect = commands.add_parser("inspect", help="print what a checkpoint holds and what each rank would")
     inspect.set_defaults(run=_inspect)
@@ -157,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--warmup-seconds", type=float, default=2.0)
     bench.add_argument("--dtype", choices=("bf16", "f16", "f32", "fp8"), default="bf16")
     bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--api-key-file", type=Path, metavar="FILE", help="send the first key in it")
+    bench.add_argument("--ca-file", type=Path, metavar="FILE", help="trust the service's certificate by this one")
     bench.add_argument("--json", dest="json_path", type=Path, metavar="FILE", help="write the report there too")
     return parser
 

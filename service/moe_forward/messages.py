@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from moe_forward.errors import ChannelClosed
 from moe_forward.types import (
     PHASES,
     DType,
     EngineStatus,
     ForwardRequest,
     ForwardResult,
+    QueueReport,
     RankInfo,
     Routing,
     Step,
@@ -98,6 +100,7 @@ Message: TypeAlias = (
     | Step
     | StepResult
     | StepReport
+    | QueueReport
     | EngineStatus
     | FrontHello
     | FrontWelcome
@@ -113,9 +116,9 @@ _REF = struct.Struct("<QBI")
 _NO_REF = _REF.pack(0, 255, 0)
 _REQUEST = struct.Struct("<IQiIdBB")
 _REQUEST_BYTES = _REQUEST.size + 5 * _REF.size
-_RESULT = struct.Struct("<IQidddII?")
+_RESULT = struct.Struct("<IQidddII?qI")
 _STEP = struct.Struct("<QIi")
-_STEP_RESULT = struct.Struct(f"<QII?{len(PHASES)}dQQI")
+_STEP_RESULT = struct.Struct(f"<QII?{len(PHASES)}dQQQQII")
 _UNTIMED = (0.0,) * len(PHASES)
 _REPORT = struct.Struct("<iIIII")
 _COUNT = struct.Struct("<I")
@@ -150,11 +153,12 @@ def _pack_result(m: ForwardResult) -> bytes:
     code = -1 if m.code is None else m.code
     retry = math.nan if m.retry_after_seconds is None else m.retry_after_seconds
     sizes = (m.queue_seconds, m.step_seconds, m.batch_tokens, m.batch_requests, m.held)
-    return _RESULT.pack(m.front, m.request, code, retry, *sizes) + m.message.encode()
+    step = -1 if m.step is None else m.step
+    return _RESULT.pack(m.front, m.request, code, retry, *sizes, step, m.generation) + m.message.encode()
 
 
 def _unpack_result(data: memoryview) -> ForwardResult:
-    front, request, code, retry, queue, step, tokens, requests, held = _RESULT.unpack_from(data)
+    front, request, code, retry, queue, seconds, tokens, requests, held, step, generation = _RESULT.unpack_from(data)
     return ForwardResult(
         front,
         request,
@@ -162,10 +166,12 @@ def _unpack_result(data: memoryview) -> ForwardResult:
         bytes(data[_RESULT.size :]).decode(),
         None if math.isnan(retry) else retry,
         queue,
-        step,
+        seconds,
         tokens,
         requests,
         held,
+        None if step < 0 else step,
+        generation,
     )
 
 
@@ -180,19 +186,31 @@ def _unpack_step(data: memoryview) -> Step:
 
 
 def _pack_step_result(m: StepResult) -> bytes:
-    counts = (m.routed_rows, m.requantized_tokens, len(m.non_finite))
+    counts = (m.routed_rows, m.requantized_tokens, m.dispatch_bytes, m.combine_bytes)
+    sizes = (len(m.non_finite), len(m.expert_rows))
     timed = bool(m.phase_seconds)
-    head = _STEP_RESULT.pack(m.step, m.generation, m.rank, timed, *(m.phase_seconds or _UNTIMED), *counts)
-    return head + struct.pack(f"<{len(m.non_finite)}I", *m.non_finite) + m.error.encode()
+    head = _STEP_RESULT.pack(m.step, m.generation, m.rank, timed, *(m.phase_seconds or _UNTIMED), *counts, *sizes)
+    return head + struct.pack(f"<{sum(sizes)}I", *m.non_finite, *m.expert_rows) + m.error.encode()
 
 
 def _unpack_step_result(data: memoryview) -> StepResult:
     step, generation, rank, timed, *rest = _STEP_RESULT.unpack_from(data)
-    *phases, routed, requantized, count = rest
-    indexes = struct.unpack_from(f"<{count}I", data, _STEP_RESULT.size)
-    error = bytes(data[_STEP_RESULT.size + 4 * count :]).decode()
-    phase_seconds = tuple(phases) if timed else ()
-    return StepResult(step, generation, rank, phase_seconds, routed, requantized, indexes, error)
+    *phases, routed, requantized, dispatched, combined, count, experts = rest
+    numbers = struct.unpack_from(f"<{count + experts}I", data, _STEP_RESULT.size)
+    error = bytes(data[_STEP_RESULT.size + 4 * len(numbers) :]).decode()
+    return StepResult(
+        step,
+        generation,
+        rank,
+        tuple(phases) if timed else (),
+        routed,
+        requantized,
+        numbers[:count],
+        error,
+        dispatched,
+        combined,
+        numbers[count:],
+    )
 
 
 def _pack_report(m: StepReport) -> bytes:
@@ -254,6 +272,7 @@ _CODECS: dict[type[Any], tuple[int, Callable[[Any], bytes], Callable[[memoryview
     RankHello: (12, _pack_json, _unpack_rank_hello),
     AttachSlab: (13, _pack_json, _from_json(AttachSlab)),
     DetachSlab: (14, _pack_json, _from_json(DetachSlab)),
+    QueueReport: (15, _pack_json, _from_json(QueueReport)),
 }
 _DECODERS = {number: decode for number, _, decode in _CODECS.values()}
 
@@ -271,3 +290,14 @@ def unpack(data: memoryview) -> Message:
         raise ValueError(f"unknown message kind {data[0]}")
     message: Message = decode(data[1:])
     return message
+
+
+def read(data: memoryview) -> Message:
+    """Return the message in what a peer sent; what cannot be read means another program or version.
+
+    Raises: ChannelClosed.
+    """
+    try:
+        return unpack(data)
+    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+        raise ChannelClosed(f"a message could not be read: {error}") from error

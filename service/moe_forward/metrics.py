@@ -1,23 +1,23 @@
 """Every Prometheus series of a front end, in one place: names, labels, buckets and how they are fed.
 
 Seconds and bytes, counters end in `_total`; the names are part of the interface (dashboards and alerts use them).
-Label values are bounded: the served model, the fixed routes, HTTP statuses, encodings, phases, ranks and layers.
+Label values are bounded: the served model, the fixed routes, HTTP statuses, encodings, phases, ranks, layers, experts.
+A scrape in OpenMetrics format also names traces, one a bucket of the request durations, as exemplars.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from moe_forward.errors import ErrorCode
-from moe_forward.types import PHASES, EngineStatus, StepReport
+from moe_forward.expert_tokens import ExpertTokens
+from moe_forward.request_record import RequestRecord
+from moe_forward.types import PHASES, EngineStatus, QueueReport, StepReport
 
 PREFIX = "moe_forward_"
 REQUEST_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -39,39 +39,6 @@ REJECTIONS = {
 """Error code -> `reason` of `moe_forward_rejected_total`; a request that is simply wrong is not a rejection."""
 
 
-@dataclass(slots=True)
-class RequestRecord:
-    """What is known of one forward request when it ends; the log line and the metrics are made from it.
-
-    route: path template. model: the served model, whatever name the client sent.
-    status: HTTP status, 499 where the client went away. code: None when answered.
-    encoding, layer, tokens, body_bytes: None until known.
-    error: the sentence of a 5xx; that of a 4xx may quote what the client sent, so it is not kept.
-    *_seconds: None for a part that was not reached; `duration_seconds` is the whole request.
-    """
-
-    route: str
-    request_id: str
-    model: str
-    status: int = 200
-    code: ErrorCode | None = None
-    encoding: str | None = None
-    layer: int | None = None
-    tokens: int | None = None
-    body_bytes: int | None = None
-    decode_seconds: float | None = None
-    encode_seconds: float | None = None
-    queue_seconds: float | None = None
-    step_seconds: float | None = None
-    duration_seconds: float = 0.0
-    error: str | None = None
-
-    def fields(self) -> dict[str, Any]:
-        """Return what the log line of the request says, the code as its slug."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, "code": None if self.code is None else self.code.slug}
-
-
 def package_version(name: str) -> str:
     """Return the installed version of a distribution, "unknown" for one that runs from its source folder."""
     try:
@@ -85,12 +52,21 @@ class Metrics:
 
     registry: where they are registered; a test gives its own.
     wall_clock: Unix time in seconds; its value now is when the front end started.
+    expert_metrics: count the tokens of every expert. tracing: count what goes wrong with spans.
     """
 
-    def __init__(self, registry: CollectorRegistry, wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        wall_clock: Callable[[], float] = time.time,
+        *,
+        expert_metrics: bool = False,
+        tracing: bool = False,
+    ) -> None:
         self._started_seconds = wall_clock()
         self._restarts: dict[int, int] = {}  # rank -> restarts counted; its keys are the ranks ever seen
         self._started_ranks: set[int] = set()
+        self._rank_counters: dict[int, tuple[Counter, Counter, Counter]] = {}
         self._build: tuple[str, str] | None = None
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -110,6 +86,17 @@ class Metrics:
         )
         self._rank_tokens = counter("rank_tokens_total", "Rows that a rank's experts computed.", "rank")
         self._rank_restarts = counter("rank_restarts_total", "Times a rank was started again.", "rank")
+        self._exchange_bytes = counter(
+            "exchange_bytes_total",
+            "Payload that a rank got from other ranks (dispatch) and sent back to them (combine).",
+            *("rank", "direction"),
+        )
+        self._expert_tokens: ExpertTokens | None = None
+        if expert_metrics:
+            self._expert_tokens = ExpertTokens(PREFIX + "expert_tokens", "Rows that an expert computed.", registry)
+        self._export_failures: Counter | None = None
+        if tracing:
+            self._export_failures = counter("trace_export_failures_total", "Batches of spans that were lost.")
 
         self._request_seconds = histogram(
             "request_duration_seconds", "Forward request, first header to last byte.", REQUEST_SECONDS, "model", "route"
@@ -128,12 +115,15 @@ class Metrics:
         self._batch_tokens = histogram("batch_tokens", "Tokens of a step.", SIZES, "model")
         self._batch_requests = histogram("batch_requests", "Requests of a step.", SIZES, "model")
 
-        self._queue_requests = gauge("queue_requests", "Requests waiting after the last step.", "model")
-        self._queue_tokens = gauge("queue_tokens", "Tokens waiting after the last step.", "model")
+        self._queue_requests = gauge("queue_requests", "Requests waiting for a step.", "model")
+        self._queue_tokens = gauge("queue_tokens", "Tokens waiting for a step.", "model")
         self._inflight = gauge("inflight_requests", "Forward requests being served.", "model")
         self._rank_up = gauge("rank_up", "1 while the rank is ready, else 0.", "rank")
         self._imbalance = gauge(
             "expert_load_imbalance_ratio", "Rows of the busiest rank over the mean, in the layer's last step.", "layer"
+        )
+        self._degraded = gauge(
+            "degraded", "1 while a rank of the placement is missing, so that requests are refused, else 0.", "model"
         )
         self._placement = gauge("placement_generation", "Number of the current rank group.")
         self._gpu_memory = gauge("gpu_memory_bytes", "Memory of a rank's GPU when it became ready.", "rank", "kind")
@@ -154,7 +144,8 @@ class Metrics:
         model, route = record.model, record.route
         self._inflight.labels(model).dec()
         self._requests.labels(model, route, str(record.status)).inc()
-        self._request_seconds.labels(model, route).observe(record.duration_seconds)
+        exemplar = {"trace_id": record.trace_id} if record.sampled and record.trace_id else None
+        self._request_seconds.labels(model, route).observe(record.duration_seconds, exemplar)
         if record.code is None:
             self._tokens.labels(model).inc(record.tokens or 0)
         else:
@@ -176,26 +167,52 @@ class Metrics:
         if reason is not None:
             self._rejected.labels(reason).inc()
 
+    def export_failed(self) -> None:
+        """Count a batch of spans that nobody took; may be called from any thread."""
+        if self._export_failures is not None:
+            self._export_failures.inc()
+
+    def queue_changed(self, model: str, report: QueueReport) -> None:
+        """Take in what waits in the engine."""
+        self._queue_requests.labels(model).set(report.requests)
+        self._queue_tokens.labels(model).set(report.tokens)
+
     def step_finished(self, model: str, report: StepReport) -> None:
         """Take in one finished step of the engine."""
         self._batch_tokens.labels(model).observe(report.tokens)
         self._batch_requests.labels(model).observe(report.requests)
-        self._queue_requests.labels(model).set(report.queue_requests)
-        self._queue_tokens.labels(model).set(report.queue_tokens)
+        self.queue_changed(model, QueueReport(report.queue_requests, report.queue_tokens))
         for result in report.results:
             timed = PHASES if result.phase_seconds else ()
             for phase, seconds in zip(timed, result.phase_seconds, strict=True):
                 if seconds > 0:  # a phase that did not happen (say, routing that the client did) is no observation
                     self._phase_seconds.labels(model, result.rank, phase).observe(seconds)
-            self._rank_tokens.labels(result.rank).inc(result.routed_rows)
-            self._requantized.labels(model).inc(result.requantized_tokens)
+            tokens, dispatched, combined = self._counters_of(result.rank)
+            tokens.inc(result.routed_rows)
+            dispatched.inc(result.dispatch_bytes)
+            combined.inc(result.combine_bytes)
+        self._requantized.labels(model).inc(sum(result.requantized_tokens for result in report.results))
         rows = [result.routed_rows for result in report.results]
         if sum(rows) > 0:
             self._imbalance.labels(report.layer).set(max(rows) * len(rows) / sum(rows))
+        if self._expert_tokens is not None:
+            by_rank = sorted(report.results, key=lambda result: result.rank)  # ranks hold experts in id order
+            self._expert_tokens.add(report.layer, [count for result in by_rank for count in result.expert_rows])
 
-    def status_changed(self, status: EngineStatus) -> None:
+    def _counters_of(self, rank: int) -> tuple[Counter, Counter, Counter]:
+        """Return a rank's rows, bytes in dispatch and bytes in combine: looked up once, since every step counts."""
+        found = self._rank_counters.get(rank)
+        if found is None:
+            moved = [self._exchange_bytes.labels(rank, direction) for direction in ("dispatch", "combine")]
+            found = self._rank_counters[rank] = (self._rank_tokens.labels(rank), moved[0], moved[1])
+        return found
+
+    def status_changed(self, model: str, status: EngineStatus) -> None:
         """Take in the engine's description of itself and of its ranks."""
         self._placement.set(status.generation)
+        self._degraded.labels(model).set(not status.ready)
+        if not status.ready:
+            self.queue_changed(model, QueueReport(0, 0))  # everything that waited was refused; the engine may be gone
         for rank in self._restarts.keys() - {info.rank for info in status.ranks}:
             self._rank_up.labels(rank).set(0)  # the engine that knew it is gone, or the group is being started again
         for info in status.ranks:

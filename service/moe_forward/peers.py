@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moe_forward.channel import AsyncChannel
 from moe_forward.messages import AttachSlab, DetachSlab, FrontHello, FrontWelcome, Message, Released
-from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, StepReport
+from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, QueueReport, StepReport
 
 
 class Ranks:
@@ -95,8 +95,8 @@ class Fronts:
         if front is not None:
             front.channel.send(Released((request.request,)))
 
-    def report(self, report: StepReport) -> None:
-        """Send a finished step to one front end: exported by two, it would be counted twice."""
+    def report(self, report: StepReport | QueueReport) -> None:
+        """Send a finished step, or what waits, to one front end: exported by two, it would be counted twice."""
         for front in list(self._fronts.values())[:1]:
             front.channel.send(report)
 

@@ -9,30 +9,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import selectors
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from moe_forward.actors import EngineActor, GatewayActor, RankActor
 from moe_forward.batcher import BatchLimits
-from moe_forward.channel import listen
-from moe_forward.devices import cuda_index
-from moe_forward.engine import run_engine
+from moe_forward.cluster import SEE_ALL_GPUS
 from moe_forward.errors import StartError
+from moe_forward.exchange import Meeting
+from moe_forward.handshake import Address, new_secret
 from moe_forward.link import EngineLink
 from moe_forward.messages import Announce
-from moe_forward.rank_process import run_rank
-from moe_forward.rank_setup import RankSetup
+from moe_forward.placement import Places, RankPlace, this_address, this_node
+from moe_forward.rank_setup import LOOPBACK, RankSetup
 from moe_forward.types import EngineStatus
 
 log = logging.getLogger(__name__)
 
-OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum; no tensor ever passes through it
+ENGINE, GATEWAY = "the engine", "the gateway"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +39,7 @@ class PoolSetup:
     rank: the setup of each rank; rank number, generation and rendezvous are filled in here.
     runtime_folder: private to this service. max_restarts: times a lost group is started again.
     start_timeout_seconds: until every rank is ready.
+    joined: Ray is not our own. remote_ranks_port: where ranks of other hosts find the gateway; 0: a free one.
     """
 
     rank: RankSetup
@@ -49,54 +47,8 @@ class PoolSetup:
     runtime_folder: Path
     max_restarts: int
     start_timeout_seconds: float
-
-
-def start_ray(ranks: int, device: str) -> None:
-    """Start a Ray of our own, without dashboard; `runtime_folder` made its token and keeps it on loopback.
-
-    device: cpu or cuda; on cuda each rank has a GPU of its own and sees the others, to reach their memory.
-    """
-    os.environ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"  # read by the processes that Ray starts
-    ray.init(
-        address="local",
-        num_cpus=ranks + 1,  # places for actors, not cores
-        num_gpus=ranks if device == "cuda" else 0,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
-        configure_logging=False,
-    )
-
-
-def stop_ray() -> None:
-    """End Ray and every actor in it."""
-    ray.shutdown()
-
-
-class EngineProcess:
-    """What the engine's actor does."""
-
-    def run(self, socket_path: Path, limits: BatchLimits, step_timeout_seconds: float) -> None:
-        """Serve until killed."""
-        # epoll rounds timeouts up to a millisecond, select does not; the engine has few sockets and short waits.
-        loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
-        loop.run_until_complete(run_engine(listen(socket_path), limits, step_timeout_seconds))
-
-
-class RankProcess:
-    """What a rank's actor does."""
-
-    def run(self, setup: RankSetup) -> None:
-        """Serve steps until the engine hangs up or this process is killed."""
-        if setup.device == "cuda":
-            (gpu,) = ray.get_gpu_ids()
-            setup = replace(setup, device=f"cuda:{cuda_index(str(gpu), os.environ.get('CUDA_VISIBLE_DEVICES'))}")
-        run_rank(setup)
-
-
-# Ray must not restart them by itself: the supervisor replaces a group as a whole.
-EngineActor: Any = ray.remote(num_cpus=1, max_restarts=0)(EngineProcess)
-RankActor: Any = ray.remote(num_cpus=1, max_restarts=0)(RankProcess)
+    joined: bool = False
+    remote_ranks_port: int = 0
 
 
 class Supervisor:
@@ -108,12 +60,13 @@ class Supervisor:
     def __init__(self, setup: PoolSetup, link: EngineLink) -> None:
         self._setup = setup
         self._link = link
+        self._secret = new_secret()
         self._generation = 0
         self._restarts = 0
         self._engine: Any = None
-        self._ranks: list[Any] = []
-        self._runs: list[asyncio.Future[None]] = []
-        self._group: Any = None
+        self._group: list[Any] = []  # the actors of the current generation
+        self._runs: dict[str, asyncio.Future[None]] = {}
+        self._places: Places | None = None
         self._changed = asyncio.Event()
 
     def on_status(self, status: EngineStatus) -> None:
@@ -125,16 +78,13 @@ class Supervisor:
 
         Raises: StartError with the reason when a rank or the engine fails, or at the start deadline.
         """
-        a_rank = {"CPU": 1.0, "GPU": 1.0} if self._setup.rank.device == "cuda" else {"CPU": 1.0}
-        bundles = [{"CPU": 1.0}, *[a_rank] * self._setup.rank.ranks]
-        self._group = placement_group(bundles, strategy="PACK")
-        deadline = asyncio.get_running_loop().time() + self._setup.start_timeout_seconds
+        self._places = Places(self._setup.rank.ranks, self._setup.rank.device)
         self._start_engine()
-        self._start_ranks()
-        await self._until_ready(deadline)
+        await self._start_group(self._places)
 
     async def run(self) -> None:
         """Watch over the group for ever: when a part of it is lost, replace the whole."""
+        assert self._places is not None
         reason = await self._until_lost()
         while True:
             log.error("the rank group is lost: %s", reason)
@@ -146,10 +96,8 @@ class Supervisor:
             self._kill(engine=self._engine_died())
             if self._engine is None:
                 self._start_engine()
-            self._start_ranks()
-            deadline = asyncio.get_running_loop().time() + self._setup.start_timeout_seconds
             try:
-                await self._until_ready(deadline)
+                await self._start_group(self._places)
             except StartError as error:  # it may hang for ever: it is lost, whatever the engine says
                 reason = f"rank group {self._generation} did not start: {error}"
             else:
@@ -159,33 +107,66 @@ class Supervisor:
     async def close(self) -> None:
         """Kill the ranks and the engine."""
         self._kill(engine=True)
-        if self._group is not None:
-            remove_placement_group(self._group)
+        if self._places is not None:
+            self._places.close()
 
     def _start_engine(self) -> None:
         path = self._setup.rank.socket_path
         path.unlink(missing_ok=True)
-        self._engine = EngineActor.options(scheduling_strategy=self._place(0)).remote()
+        name = f"engine-{self._generation + 1}"
+        self._engine = EngineActor.options(name=name, scheduling_strategy=this_node()).remote()
         run = self._engine.run.remote(path, self._setup.limits, self._setup.rank.step_timeout_seconds)
-        self._runs = [asyncio.wrap_future(run.future())]
+        self._runs = {ENGINE: asyncio.wrap_future(run.future())}
 
-    def _start_ranks(self) -> None:
+    async def _start_group(self, places: Places) -> None:
+        """Start the next generation and return when it is ready."""
         self._generation += 1
         self._announce()
-        for rank in range(self._setup.rank.ranks):
-            setup = replace(
-                self._setup.rank,
-                rank=rank,
-                generation=self._generation,
-                rendezvous=self._setup.runtime_folder / f"group-{self._generation}",
-            )
-            gpus = 1 if setup.device == "cuda" else 0
-            actor = RankActor.options(num_gpus=gpus, scheduling_strategy=self._place(rank + 1)).remote()
-            self._ranks.append(actor)
-            self._runs.append(asyncio.wrap_future(actor.run.remote(setup).future()))
+        deadline = asyncio.get_running_loop().time() + self._setup.start_timeout_seconds
+        self._start_ranks(places, await places.settled(deadline))
+        await self._until_ready(deadline)
 
-    def _place(self, bundle: int) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+    def _start_ranks(self, places: Places, settled: list[RankPlace]) -> None:
+        """Start a rank at each place, and a gateway where some are on other hosts."""
+        setup = replace(self._setup.rank, generation=self._generation)
+        if all(place.here for place in settled):
+            setup = replace(setup, rendezvous=self._setup.runtime_folder / f"group-{self._generation}")
+            hosts, gateway, gateway_port = [LOOPBACK] * len(settled), None, None
+        else:
+            one_host = len({place.address for place in settled}) == 1
+            hosts = [LOOPBACK if one_host else place.address for place in settled]
+            setup = replace(setup, rendezvous=Meeting(hosts[0], 0))
+            gateway, gateway_port = self._start_gateway()
+        actors = [self._rank_actor(places, rank, place) for rank, place in enumerate(settled)]
+        meeting_port = actors[0].meet.remote(hosts[0]) if isinstance(setup.rendezvous, Meeting) else None
+        for rank, (actor, place) in enumerate(zip(actors, settled, strict=True)):
+            mine = replace(setup, rank=rank, host=hosts[rank], gateway=None if place.here else gateway)
+            # Ray hands the ports to a rank when they are known.
+            run = actor.run.remote(mine, None if place.here else gateway_port, meeting_port)
+            self._runs[f"rank {rank}"] = asyncio.wrap_future(run.future())
+
+    def _start_gateway(self) -> tuple[Address, Any]:
+        """Start the gateway; returns its address without the port, and the port when it is known."""
+        address = Address(this_address(), self._setup.remote_ranks_port, self._secret)
+        name = f"gateway-{self._generation}"
+        actor = GatewayActor.options(name=name, scheduling_strategy=this_node()).remote()
+        self._group.append(actor)
+        port = actor.listen.remote(address.host, address.port)
+        run = actor.run.remote(address, port, self._setup.rank.socket_path, self._setup.rank.ranks)
+        self._runs[GATEWAY] = asyncio.wrap_future(run.future())
+        return address, port
+
+    def _rank_actor(self, places: Places, rank: int, place: RankPlace) -> Any:
+        on_gpu = self._setup.rank.device == "cuda"
+        actor = RankActor.options(
+            name=f"rank-{rank}-of-group-{self._generation}",
+            num_gpus=1 if on_gpu else 0,
+            scheduling_strategy=places.strategy(place),
+            # Each rank sees the other GPUs of its host, to reach their memory; our own Ray has it from this process.
+            runtime_env={"env_vars": {SEE_ALL_GPUS: "1"}} if on_gpu and self._setup.joined else None,
+        ).remote()
+        self._group.append(actor)
+        return actor
 
     def _announce(self, failed: str = "") -> None:
         self._link.announce(Announce(self._generation, self._setup.rank.ranks, self._restarts, failed))
@@ -193,16 +174,18 @@ class Supervisor:
     def _engine_died(self) -> bool:
         # The closed socket tells within milliseconds, Ray up to seconds later.
         hung_up = self._link.status.lost and self._link.status.generation == 0
-        return hung_up or self._runs[0].done()
+        return hung_up or self._runs[ENGINE].done()
 
     def _kill(self, engine: bool) -> None:
-        """Kill every rank, and the engine if asked, and forget them."""
-        for actor in self._ranks + ([self._engine] if engine and self._engine is not None else []):
+        """Kill the group, and the engine if asked, and forget them."""
+        for actor in self._group + ([self._engine] if engine and self._engine is not None else []):
             ray.kill(actor, no_restart=True)
-        for run in self._runs[0 if engine else 1 :]:
-            run.cancel()
-        self._ranks = []
-        self._runs = [] if engine else self._runs[:1]
+        kept = {} if engine else {who: run for who, run in self._runs.items() if who == ENGINE}
+        for who, run in self._runs.items():
+            if who not in kept:
+                run.cancel()
+        self._group = []
+        self._runs = kept
         if engine:
             self._engine = None
 
@@ -233,7 +216,7 @@ class Supervisor:
     async def _change(self, timeout_seconds: float | None) -> None:
         """Wait until an actor's run ends or the engine reports something, at most `timeout_seconds`."""
         changed = asyncio.ensure_future(self._changed.wait())
-        waited: list[asyncio.Future[Any]] = [changed, *self._runs]
+        waited: list[asyncio.Future[Any]] = [changed, *self._runs.values()]
         try:
             await asyncio.wait(waited, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -244,9 +227,8 @@ class Supervisor:
 
     def _ended(self) -> str | None:
         """Return why an actor's run has ended, or None while all of them go on."""
-        for index, run in enumerate(self._runs):
+        for who, run in self._runs.items():
             if run.done():
-                who = "the engine" if index == 0 else f"rank {index - 1}"
                 error = run.exception()
                 return f"{who} ended" if error is None else f"{who}: {_cause(error)}"
         return None

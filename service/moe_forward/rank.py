@@ -11,11 +11,12 @@ import w4afp8
 from moe_forward.experts import Experts
 from moe_forward.graphed_router import GraphedRouter
 from moe_forward.graphs import GraphedForward
-from moe_forward.layer_forward import LayerForward
+from moe_forward.layer_forward import LayerForward, StepCounts
 from moe_forward.router import Router
-from moe_forward.slab_rows import Run, Segment, read_runs, to_host, wait, write_runs
+from moe_forward.segments import Segment
+from moe_forward.slab_rows import Run, read_runs, to_host, wait, write_runs
 from moe_forward.stopwatch import Clock
-from moe_forward.types import ModelSpec, Routing, Step, StepResult
+from moe_forward.types import ModelSpec, Routing, Step, StepResult, expert_range
 from w4afp8 import Quantized
 
 
@@ -26,6 +27,7 @@ class Rank:
     router: chooses experts for tokens that come without. experts: whose `quantize` makes tokens fp8.
     forward: the layer over all ranks, as it is or as graphs; its shape says where this rank computes.
     start_clock: makes the clock of a step by its number.
+    expert_metrics: report the rows of every expert with each step.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Rank:
         experts: Experts,
         forward: LayerForward | GraphedForward,
         start_clock: Callable[[int], Clock],
+        expert_metrics: bool = False,
     ) -> None:
         self._rank = rank
         self._ranks = ranks
@@ -46,6 +49,8 @@ class Rank:
         self._forward = forward
         self._shape = forward.shape
         self._start_clock = start_clock
+        self._expert_metrics = expert_metrics
+        self._local_experts = len(expert_range(rank, ranks, spec.num_experts))
 
     def step(self, step: Step, slabs: Mapping[int, Tensor]) -> StepResult:
         """Read this rank's rows, forward them with all other ranks, write the outputs.
@@ -59,7 +64,7 @@ class Rank:
             tokens, bad_tokens, requantized_tokens = self._quantize(runs)
         with clock("route"):
             topk_ids, topk_weights, bad_routes = self._route(step.layer, runs)
-        routed_rows = torch.zeros(1, dtype=torch.int64, device=self._shape.device)
+        counts = StepCounts.zeros(self._shape)
         output = self._forward.forward(
             step.layer,
             tokens,
@@ -68,20 +73,25 @@ class Rank:
             self._wanting_shared(runs),
             clock,
             most_tokens=-(-step.tokens // self._ranks),
-            routed_rows=routed_rows,
+            counts=counts,
         )
         with clock("host_copy"):
             write_runs(output, runs, slabs)
-            bad_rows, routed = to_host(bad_tokens | bad_routes), to_host(routed_rows)
+            bad_rows, counted = to_host(bad_tokens | bad_routes), StepCounts(to_host(counts.values))
         wait(self._shape.device)
+        dispatch_bytes, combine_bytes = counted.moved_bytes.tolist()
+        offsets = counted.offsets[: self._local_experts + 1]
         return StepResult(
             step.step,
             step.generation,
             self._rank,
             clock.phase_seconds,
-            routed_rows=int(routed),
+            routed_rows=int(offsets[-1]),
             requantized_tokens=requantized_tokens,
             non_finite=_requests_with(bad_rows, [segment for run in runs for segment in run.segments]),
+            dispatch_bytes=dispatch_bytes,
+            combine_bytes=combine_bytes,
+            expert_rows=tuple(offsets.diff().tolist()) if self._expert_metrics else (),
         )
 
     def warm_up(self) -> None:

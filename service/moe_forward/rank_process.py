@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,18 +16,24 @@ from tqdm import tqdm
 
 from moe_forward import checkpoint, experts, memory_plan
 from moe_forward.channel import BlockingChannel, connect
+from moe_forward.checkpoint.layout import CONFIG_FILE
 from moe_forward.errors import ChannelClosed, StartError
 from moe_forward.exchange import gpu_checks
 from moe_forward.exchange.deadline import deadline
 from moe_forward.experts import Experts
+from moe_forward.interfaces import interface_of
 from moe_forward.messages import AttachSlab, DetachSlab, Message, RankHello
 from moe_forward.rank import Rank
 from moe_forward.rank_setup import RankSetup, join_group
+from moe_forward.remote_channel import RemoteChannel
 from moe_forward.router import Router
 from moe_forward.slab_rows import attach, detach
 from moe_forward.types import RankInfo, Step, StepResult, expert_range
 
 log = logging.getLogger(__name__)
+
+Channel: TypeAlias = BlockingChannel | RemoteChannel
+"""To an engine on this host, or on another."""
 
 JOIN_SECONDS = 60.0
 JOIN_POLL_SECONDS = 0.05
@@ -41,8 +48,10 @@ def run_rank(setup: RankSetup) -> None:
     telling the engine, since the group's collectives cannot go on without this rank.
     """
     # Gloo and NCCL listen on the address of the host's name unless told otherwise: keep to loopback on one host.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    interface = os.environ.get("GLOO_SOCKET_IFNAME") or interface_of(setup.host)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    check_folder(setup)
     torch.set_num_threads(setup.threads)
     device = torch.device(setup.device)
     if device.type == "cuda":
@@ -76,6 +85,19 @@ def run_rank(setup: RankSetup) -> None:
         log.info("rank %d: the engine hung up", setup.rank)
     # Not after an error: a broken step leaves collectives unfinished, and leaving the group would wait for them.
     rank.close()
+
+
+def check_folder(setup: RankSetup) -> None:
+    """See that this host has the checkpoint where the service's host has it.
+
+    Raises: StartError.
+    """
+    config = setup.folder / CONFIG_FILE
+    if not os.access(config, os.R_OK):
+        raise StartError(
+            f"rank {setup.rank} on node {socket.gethostname()} ({setup.host}) cannot read {config}: every node needs "
+            "the checkpoint at the same path, on a shared file system or as a copy"
+        )
 
 
 def check_memory(setup: RankSetup) -> None:
@@ -113,7 +135,9 @@ def _load(setup: RankSetup, mine: range, device: torch.device) -> tuple[Experts,
             bar.update(done_bytes - bar.n)
 
         # What goes to a GPU is only mapped here: bringing it over reads it.
-        layers = checkpoint.load_shard(setup.folder, setup.spec, setup.spec.layers, mine, show, read=not on_gpu)
+        layers = checkpoint.load_shard(
+            setup.folder, setup.spec, setup.spec.layers, mine, show, not on_gpu, setup.on_load_scales
+        )
         held = {layer: experts.LayerExperts(weights.experts, weights.shared) for layer, weights in layers.items()}
         local_experts = experts.create(setup.experts, held, setup.activation_scale, device, show)
     router = Router(setup.spec, layers, device)
@@ -129,7 +153,7 @@ def _gpu_memory(device: torch.device, weight_bytes: int) -> dict[str, int]:
     return {"buffer_bytes": total_bytes - free_bytes - weight_bytes, "free_bytes": free_bytes}
 
 
-def _meet_engine(setup: RankSetup, hello: RankHello) -> tuple[BlockingChannel, Message, list[int]]:
+def _meet_engine(setup: RankSetup, hello: RankHello) -> tuple[Channel, Message, list[int]]:
     """Say hello until the engine takes this rank in, and return the channel with the first message and descriptors.
 
     All processes start at once: the engine may not listen yet, or hang up because it has not heard of the group yet.
@@ -138,7 +162,7 @@ def _meet_engine(setup: RankSetup, hello: RankHello) -> tuple[BlockingChannel, M
     while True:
         with contextlib.ExitStack() as on_failure:
             try:
-                channel = BlockingChannel(connect(setup.socket_path))
+                channel = _call_engine(setup)
                 on_failure.callback(channel.close)
                 channel.send(hello)
                 message, fds = channel.receive()
@@ -151,7 +175,13 @@ def _meet_engine(setup: RankSetup, hello: RankHello) -> tuple[BlockingChannel, M
         time.sleep(JOIN_POLL_SECONDS)
 
 
-def _serve(channel: BlockingChannel, message: Message, fds: list[int], rank: Rank, setup: RankSetup) -> None:
+def _call_engine(setup: RankSetup) -> Channel:
+    if setup.gateway is not None:
+        return RemoteChannel(setup.gateway, setup.rank, setup.ranks)
+    return BlockingChannel(connect(setup.socket_path))
+
+
+def _serve(channel: Channel, message: Message, fds: list[int], rank: Rank, setup: RankSetup) -> None:
     device = torch.device(setup.device)
     slabs: dict[int, Tensor] = {}
     try:
@@ -174,7 +204,7 @@ def _serve(channel: BlockingChannel, message: Message, fds: list[int], rank: Ran
         raise
 
 
-def _step(channel: BlockingChannel, step: Step, rank: Rank, slabs: Mapping[int, Tensor], number: int) -> StepResult:
+def _step(channel: Channel, step: Step, rank: Rank, slabs: Mapping[int, Tensor], number: int) -> StepResult:
     """Do a step; what breaks it is told to the engine before it ends this process."""
     try:
         return rank.step(step, slabs)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from moe_forward import exchange
 from moe_forward.cuda_graphs import CudaGraphs
+from moe_forward.exchange import Meeting
 from moe_forward.experts import Experts
 from moe_forward.graphed_router import GraphedRouter
 from moe_forward.graphs import GraphedForward
+from moe_forward.handshake import Address
 from moe_forward.layer_forward import LayerForward, TokenShape
 from moe_forward.rank import Rank
 from moe_forward.router import Router
 from moe_forward.stopwatch import Clock, start_clock
 from moe_forward.types import SCALE_GROUP, ActivationScale, ModelSpec
+
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +29,15 @@ class RankSetup:
     """Everything a rank's process is told at its start.
 
     device: cpu or cuda:0 and so on. folder: the checkpoint. socket_path: where the engine listens.
-    rendezvous: the group's meeting file. exchange, experts: names as resolved, never `auto`. threads: for torch.
+    rendezvous: the group's meeting file, or where it meets over TCP.
+    exchange, experts: names as resolved, never `auto`. threads: for torch.
     max_tokens: rows of one step on one rank at most; on a GPU, a step with more goes in chunks.
     max_graph_tokens: up to this many rows a GPU runs a step as a graph.
     phase_sample_steps: a GPU rank times the phases of one step in this many; 0: of none.
     step_timeout_seconds: of one collective. start_timeout_seconds: until the group is joined and warm.
+    expert_metrics: report the rows of every expert with each step.
+    on_load_scales: of experts that are quantized while loading, as `moe-forward quantize --scales` takes them.
+    host: this host's address towards the other ranks. gateway: where to reach an engine of another host.
     """
 
     rank: int
@@ -38,7 +47,7 @@ class RankSetup:
     folder: Path
     spec: ModelSpec
     socket_path: Path
-    rendezvous: Path
+    rendezvous: Path | Meeting
     exchange: str
     experts: str
     activation_scale: ActivationScale
@@ -48,6 +57,10 @@ class RankSetup:
     phase_sample_steps: int
     step_timeout_seconds: float
     start_timeout_seconds: float
+    expert_metrics: bool = False
+    on_load_scales: Literal["rtn", "search"] = "rtn"
+    host: str = LOOPBACK
+    gateway: Address | None = None
 
 
 def join_group(setup: RankSetup, router: Router, local_experts: Experts) -> Rank:
@@ -77,9 +90,9 @@ def join_group(setup: RankSetup, router: Router, local_experts: Experts) -> Rank
         return start_clock(step, device, setup.phase_sample_steps)
 
     if not group.pads:
-        return Rank(setup.rank, setup.ranks, spec, router, local_experts, plain, clock)
+        return Rank(setup.rank, setup.ranks, spec, router, local_experts, plain, clock, setup.expert_metrics)
     graph_tokens = min(setup.max_graph_tokens, setup.max_tokens) if local_experts.capturable else 0
     graphs = CudaGraphs()
     forward = GraphedForward(plain, setup.max_tokens, graph_tokens, setup.phase_sample_steps > 0, graphs)
     graphed_router = GraphedRouter(router, graph_tokens, graphs)
-    return Rank(setup.rank, setup.ranks, spec, graphed_router, local_experts, forward, clock)
+    return Rank(setup.rank, setup.ranks, spec, graphed_router, local_experts, forward, clock, setup.expert_metrics)

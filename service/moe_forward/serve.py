@@ -5,26 +5,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
 import uvloop
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
 
-from moe_forward import checkpoint, devices, exchange, experts, memory_plan
-from moe_forward.api import create_app
+from moe_forward import checkpoint, devices, exchange, experts, memory_plan, tracing
+from moe_forward.api import (
+    LiveContext,
+    TlsFiles,
+    allow_connections,
+    create_app,
+    listening,
+    read_keys,
+    server_settings,
+)
 from moe_forward.batcher import BatchLimits
+from moe_forward.cluster import cluster_gpus, joined_ray, own_ray
 from moe_forward.config import Config, parse_layers
 from moe_forward.errors import ConfigError, StartError
+from moe_forward.expert_tokens import check_series
 from moe_forward.link import EngineLink
 from moe_forward.metrics import Metrics
-from moe_forward.pool import PoolSetup, Supervisor, start_ray, stop_ray
+from moe_forward.pool import PoolSetup, Supervisor
 from moe_forward.rank_setup import RankSetup
 from moe_forward.slab import Slab
 from moe_forward.types import EngineStatus, ModelSpec
@@ -32,7 +42,6 @@ from moe_forward.types import EngineStatus, ModelSpec
 log = logging.getLogger(__name__)
 
 DRAIN_POLL_SECONDS = 0.02
-BACKLOG_CONNECTIONS = 2048
 
 
 def serve(config: Config, runtime_folder: Path) -> None:
@@ -42,21 +51,41 @@ def serve(config: Config, runtime_folder: Path) -> None:
     Raises: ConfigError, CheckpointError or StartError when the service cannot start.
     """
     admin_token = _read_token(config.admin_token_file)
+    if config.api_keys_file is not None:
+        read_keys(config.api_keys_file)  # the application reads them again, when it follows their changes
+    tls = _tls(config)
+    if config.trace_endpoint is not None:
+        tracing.check_installed()
     folder = checkpoint.resolve_model(config.model)
     spec = checkpoint.read_spec(folder, config.served_model_name)
     spec = replace(spec, layers=parse_layers(config.layers, spec.layers))
-    setup = _pool_setup(config, spec, folder, runtime_folder)
-    # Ray takes seconds to start: what is wrong with the checkpoint or the ports is said before. Describing every rank's
-    # part reads and checks the headers of all of it.
-    description = checkpoint.inspect(folder, setup.rank.ranks, spec.layers)
-    log.debug("%s", description)
-    registry = CollectorRegistry()
-    with _listening(config.host, config.port) as listener, _metrics(config, registry) as metrics_port:
-        start_ray(setup.rank.ranks, setup.rank.device)
-        try:
-            uvloop.run(_serve(config, spec, setup, listener, metrics_port, Metrics(registry), admin_token))
-        finally:
-            stop_ray()
+    with _joined_ray(config):
+        setup = _pool_setup(config, spec, folder, runtime_folder)
+        # A Ray of our own takes seconds to start: what is wrong with the checkpoint or the ports is said before.
+        # Describing every rank's part reads and checks the headers of all of it.
+        description = checkpoint.inspect(folder, setup.rank.ranks, spec.layers)
+        log.debug("%s", description)
+        allow_connections(config.max_connections)
+        registry = CollectorRegistry()
+        metrics = Metrics(registry, expert_metrics=config.expert_metrics, tracing=config.trace_endpoint is not None)
+        with (
+            listening(config.host, config.port) as listener,
+            _metrics(config, registry) as metrics_port,
+            _own_ray(config, setup),
+        ):
+            uvloop.run(_serve(config, spec, setup, listener, metrics_port, metrics, admin_token, tls))
+
+
+def _joined_ray(config: Config) -> contextlib.AbstractContextManager[None]:
+    if config.ray_address is None:
+        return contextlib.nullcontext()
+    return joined_ray(config.ray_address, config.allow_ray_without_token)
+
+
+def _own_ray(config: Config, setup: PoolSetup) -> contextlib.AbstractContextManager[None]:
+    if config.ray_address is not None:
+        return contextlib.nullcontext()
+    return own_ray(setup.rank.ranks, setup.rank.device)
 
 
 async def _serve(
@@ -67,22 +96,17 @@ async def _serve(
     metrics_port: int,
     metrics: Metrics,
     admin_token: str | None,
+    tls: ssl.SSLContext | None,
 ) -> None:
     link = EngineLink(setup.rank.socket_path, Slab(config.slab_bytes))
-    app = create_app(config, spec, link, metrics, admin_token)
+    # After Ray: it forks to start its processes, and the tracer has a thread.
+    tracer = (
+        None if config.trace_endpoint is None else tracing.start_tracer(config.trace_endpoint, metrics.export_failed)
+    )
+    app = create_app(config, spec, link, metrics, admin_token, tracer)
     supervisor = Supervisor(setup, link)
     _also_tell(link, supervisor)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=math.ceil(config.drain_timeout_seconds),
-        )
-    )
+    server = _Server(server_settings(app, config, tls))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -107,6 +131,8 @@ async def _serve(
         await asyncio.gather(http, run, stopped, return_exceptions=True)
         await supervisor.close()
         await link.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
 
 class _Server(uvicorn.Server):
@@ -121,7 +147,7 @@ async def _start_and_watch(
     config: Config, spec: ModelSpec, supervisor: Supervisor, listener: socket.socket, metrics_port: int
 ) -> None:
     await supervisor.start()
-    _greet(config.host, spec, listener.getsockname()[1], metrics_port)
+    _greet(config, spec, listener.getsockname()[1], metrics_port)
     await supervisor.run()
 
 
@@ -137,10 +163,11 @@ async def _until_answered(link: EngineLink, timeout_seconds: float) -> None:
 
 def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: Path) -> PoolSetup:
     """Resolve every `auto` and say what was chosen."""
-    device = devices.choose(config.device, kernels=config.experts != "reference")
-    ranks = devices.choose_ranks(config.ranks, device)
+    device, ranks = _choose_devices(config)
     if ranks > spec.num_experts:
         raise ConfigError(f"ranks: {ranks} ranks cannot share {spec.num_experts} experts")
+    if config.expert_metrics:
+        check_series(len(spec.layers), spec.num_experts)
     exchange_name = exchange.choose(config.exchange, ranks, device)
     experts_name = experts.choose(config.experts, device)
     threads = config.rank_threads or max(1, (os.cpu_count() or 1) // ranks)
@@ -172,6 +199,8 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         phase_sample_steps=config.phase_sample_steps,
         step_timeout_seconds=config.step_timeout_seconds,
         start_timeout_seconds=config.start_timeout_seconds,
+        expert_metrics=config.expert_metrics,
+        on_load_scales=config.on_load_scales,
     )
     limits = BatchLimits(
         config.max_step_tokens,
@@ -180,7 +209,29 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         config.max_queue_requests,
         config.max_queue_tokens,
     )
-    return PoolSetup(rank, limits, runtime_folder, config.max_rank_restarts, config.start_timeout_seconds)
+    return PoolSetup(
+        rank,
+        limits,
+        runtime_folder,
+        config.max_rank_restarts,
+        config.start_timeout_seconds,
+        joined=config.ray_address is not None,
+        remote_ranks_port=config.remote_ranks_port,
+    )
+
+
+def _choose_devices(config: Config) -> tuple[str, int]:
+    """Return cpu or cuda, and how many ranks: by this host's GPUs, or by those of the Ray cluster that was joined."""
+    if config.ray_address is None:
+        device = devices.choose(config.device, kernels=config.experts != "reference")
+        return device, devices.choose_ranks(config.ranks, device)
+    gpus = cluster_gpus()
+    device = ("cuda" if gpus else "cpu") if config.device == "auto" else config.device
+    if device == "cpu":
+        return device, config.ranks or devices.DEFAULT_CPU_RANKS
+    if gpus < (config.ranks or 1):
+        raise ConfigError(f"ranks: {config.ranks or 1} ranks need a GPU each, the Ray cluster has {gpus}")
+    return device, config.ranks or gpus
 
 
 def _also_tell(link: EngineLink, supervisor: Supervisor) -> None:
@@ -197,6 +248,8 @@ def _also_tell(link: EngineLink, supervisor: Supervisor) -> None:
 @contextlib.contextmanager
 def _metrics(config: Config, registry: CollectorRegistry) -> Iterator[int]:
     """Serve `registry` on the metrics port while the block runs; yields the port."""
+    # the gauges beside every counter and histogram, which nobody reads
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
         server, thread = start_http_server(config.metrics_port, config.host, registry)
     except OSError as error:
@@ -221,28 +274,22 @@ def _read_token(path: Path | None) -> str | None:
     return token
 
 
-@contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Bind the HTTP port first: a port in use is known before anything is started."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise StartError(f"port {port} on {host}: {error.strerror}") from error
-        listener.listen(BACKLOG_CONNECTIONS)  # only a listening socket keeps others from binding the port
-        yield listener
+def _tls(config: Config) -> LiveContext | None:
+    if config.tls_certificate_file is None or config.tls_key_file is None:
+        return None
+    return LiveContext(TlsFiles(config.tls_certificate_file, config.tls_key_file, config.tls_client_ca_file))
 
 
-def _greet(host: str, spec: ModelSpec, port: int, metrics_port: int) -> None:
+def _greet(config: Config, spec: ModelSpec, port: int, metrics_port: int) -> None:
     """Print where the service is and a command that shows it working."""
-    shown_host = f"[{host}]" if ":" in host else host
-    url = f"http://{shown_host}:{port}"
+    shown_host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http{'' if config.tls_certificate_file is None else 's'}://{shown_host}:{port}"
+    key = "" if config.api_keys_file is None else ' -H "X-API-Key: $MOE_FORWARD_API_KEY"'
     body = f'{{\\"hidden_states\\": [[$(seq -s, {spec.hidden_size})]]}}'
     print(f"moe-forward serves {spec.name} at {url} (metrics at http://{shown_host}:{metrics_port}/metrics)")
     print("Try it:")
     print(
-        f"  curl -s '{url}/v1/moe/forward?layer={spec.layers[0]}' -H 'Content-Type: application/json' -d \"{body}\"",
+        f"  curl -s '{url}/v1/moe/forward?layer={spec.layers[0]}'{key} "
+        f"-H 'Content-Type: application/json' -d \"{body}\"",
         flush=True,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from moe_forward.errors import StartError
+from moe_forward.segments import INPUTS, Segment, segments
 from moe_forward.slab import map_slab
-from moe_forward.types import DType, ForwardRequest, Step, TensorRef, token_range
+from moe_forward.types import DType, ForwardRequest, Step, TensorRef
 
 log = logging.getLogger(__name__)
 
@@ -29,20 +30,6 @@ _TORCH = {
     DType.I32: torch.int32,
     DType.I64: torch.int64,
 }
-_INPUTS = ("hidden", "hidden_scales", "chosen", "weights")
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """The part of one request that this rank reads, routes and answers.
-
-    index: of the request in its step. first, tokens: rows [first, first + tokens) of the request.
-    """
-
-    index: int
-    request: ForwardRequest
-    first: int
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +92,11 @@ def read_runs(step: Step, rank: int, ranks: int, slabs: Mapping[int, Tensor], de
     """
     runs: list[Run] = []
     first = 0
-    for _, group in groupby(_segments(step, rank, ranks), key=lambda segment: _form(segment.request)):
-        segments = tuple(group)
-        hidden, *others = (_read(segments, name, slabs, device) for name in _INPUTS)
+    for _, group in groupby(segments(step, rank, ranks), key=lambda segment: _form(segment.request)):
+        members = tuple(group)
+        hidden, *others = (_read(members, name, slabs, device) for name in INPUTS)
         assert hidden is not None
-        runs.append(Run(segments, first, hidden, *others))
+        runs.append(Run(members, first, hidden, *others))
         first += len(hidden)
     return runs
 
@@ -124,8 +111,8 @@ def write_runs(output: Tensor, runs: list[Run], slabs: Mapping[int, Tensor]) -> 
         data = rows.contiguous().view(torch.uint8)
         row = 0
         for segment in run.segments:
-            window = _window(slabs[segment.request.front], segment.request.output, segment.first, segment.tokens)
-            window.copy_(data[row : row + segment.tokens].flatten(), non_blocking=True)
+            target = _bytes(slabs, segment, segment.request.output)
+            target.copy_(data[row : row + segment.tokens].flatten(), non_blocking=True)
             row += segment.tokens
 
 
@@ -142,42 +129,31 @@ def wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _segments(step: Step, rank: int, ranks: int) -> Iterator[Segment]:
-    mine = token_range(rank, ranks, step.tokens)
-    start = 0
-    for index, request in enumerate(step.requests):
-        first = max(mine.start - start, 0)
-        last = min(mine.stop - start, request.tokens)
-        if first < last:
-            yield Segment(index, request, first, last - first)
-        start += request.tokens
-
-
 def _form(request: ForwardRequest) -> tuple[object, ...]:
     """What requests of one run have in common: the type and width of each tensor, and who routes."""
     refs = (request.hidden, request.hidden_scales, request.chosen, request.weights, request.output)
     return (request.routing, *(ref and (ref.dtype, ref.columns) for ref in refs))
 
 
-def _read(segments: tuple[Segment, ...], name: str, slabs: Mapping[int, Tensor], device: torch.device) -> Tensor | None:
-    refs = [getattr(segment.request, name) for segment in segments]
+def _read(members: tuple[Segment, ...], name: str, slabs: Mapping[int, Tensor], device: torch.device) -> Tensor | None:
+    refs = [getattr(segment.request, name) for segment in members]
     ref: TensorRef | None = refs[0]
     if ref is None:
         return None
     # Whole rows of bytes into new memory: aligned, which a tensor inside a request body need not be.
-    tokens = sum(segment.tokens for segment in segments)
+    tokens = sum(segment.tokens for segment in members)
     data = torch.empty(tokens, ref.columns * ref.dtype.itemsize, dtype=torch.uint8, device=device)
     row = 0
-    for segment, here in zip(segments, refs, strict=True):
-        window = _window(slabs[segment.request.front], here, segment.first, segment.tokens)
-        data[row : row + segment.tokens].view(-1).copy_(window, non_blocking=True)
+    for segment, here in zip(members, refs, strict=True):
+        source = _bytes(slabs, segment, here)
+        data[row : row + segment.tokens].view(-1).copy_(source, non_blocking=True)
         row += segment.tokens
     return data.view(_TORCH[ref.dtype])
 
 
-def _window(slab: Tensor, ref: TensorRef, first: int, tokens: int) -> Tensor:
-    row_bytes = ref.columns * ref.dtype.itemsize
-    return slab[ref.offset + first * row_bytes : ref.offset + (first + tokens) * row_bytes]
+def _bytes(slabs: Mapping[int, Tensor], segment: Segment, ref: TensorRef) -> Tensor:
+    front, offset, nbytes = segment.window(ref)
+    return slabs[front][offset : offset + nbytes]
 
 
 def _cuda_words(code: object) -> str:

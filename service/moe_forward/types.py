@@ -155,6 +155,8 @@ class StepResult:
     requantized_tokens: fp8 rows that came with the other granularity.
     non_finite: indexes into `Step.requests` of requests with NaN or Inf in the rows this rank read.
     error: empty, or why this rank could not do the step (its group is then lost).
+    dispatch_bytes, combine_bytes: payload that came from other ranks, and that went back to them.
+    expert_rows: rows of each of this rank's experts in id order; empty unless `expert_metrics` is set.
     """
 
     step: int
@@ -165,6 +167,9 @@ class StepResult:
     requantized_tokens: int = 0
     non_finite: tuple[int, ...] = ()
     error: str = ""
+    dispatch_bytes: int = 0
+    combine_bytes: int = 0
+    expert_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +221,7 @@ class ForwardResult:
     code: None when the output is in the slab, else why not, with `message` and `retry_after_seconds`.
     queue_seconds, step_seconds: waiting and computing. batch_tokens, batch_requests: the step it was part of.
     held: ranks of a lost group may still touch the request's bytes; a `Released` message follows when they are gone.
+    step, generation: the step it was part of, and its rank group; None and 0 for a request that no step answered.
     """
 
     front: int
@@ -228,6 +234,8 @@ class ForwardResult:
     batch_tokens: int = 0
     batch_requests: int = 0
     held: bool = False
+    step: int | None = None
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +248,14 @@ class StepReport:
     queue_requests: int
     queue_tokens: int
     results: tuple[StepResult, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class QueueReport:
+    """What waits in the engine's queue now, for the metrics of one front end; told after it has changed."""
+
+    requests: int
+    tokens: int
 
 
 def expert_range(rank: int, ranks: int, num_experts: int) -> range:

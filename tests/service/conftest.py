@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import mmap
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -22,6 +23,7 @@ from moe_forward.engine import run_engine
 from moe_forward.errors import ChannelClosed
 from moe_forward.link import EngineLink
 from moe_forward.messages import Announce, AttachSlab, DetachSlab, RankHello
+from moe_forward.remote_channel import RemoteChannel
 from moe_forward.slab import Extent, Slab, map_slab
 from moe_forward.types import (
     PHASES,
@@ -59,15 +61,14 @@ class FakeRank:
         self.detached: list[int] = []
         self.hung_up = threading.Event()
         self._on_step = on_step
-        self._sock = connect(path)
-        self._channel = BlockingChannel(self._sock)
+        self._channel = self._call_engine(path)
         self._thread = threading.Thread(target=self._run, name=f"rank {rank} of generation {generation}")
         self._thread.start()
 
     def kill(self) -> None:
         """Die: the engine sees the end of the socket."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(2)
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._channel.fileno())) as same:
+            same.shutdown(socket.SHUT_RDWR)
 
     def join(self) -> None:
         self._thread.join(HANG_SECONDS)
@@ -97,6 +98,9 @@ class FakeRank:
 
     def say(self, result: StepResult) -> None:
         self._channel.send(result)
+
+    def _call_engine(self, path: Path) -> BlockingChannel | RemoteChannel:
+        return BlockingChannel(connect(path))
 
     def _run(self) -> None:
         with contextlib.suppress(ChannelClosed):

@@ -46,10 +46,10 @@ def make_rank(
         exchange, backend, TokenShape(spec.hidden_size, spec.top_k, spec.num_experts, columns, shared, CPU)
     )
     if not exchange.pads:
-        return Rank(rank, ranks, spec, router, backend, plain, lambda step: Stopwatch())
+        return Rank(rank, ranks, spec, router, backend, plain, lambda step: Stopwatch(), expert_metrics=True)
     forward = GraphedForward(plain, MAX_TOKENS, MAX_GRAPH_TOKENS, timed=False, record=capture)
     graphed_router = GraphedRouter(router, MAX_GRAPH_TOKENS, capture)
-    return Rank(rank, ranks, spec, graphed_router, backend, forward, lambda step: Stopwatch())
+    return Rank(rank, ranks, spec, graphed_router, backend, forward, lambda step: Stopwatch(), expert_metrics=True)
 
 
 def capture(work: Work) -> Work:

@@ -32,6 +32,17 @@ def test_yaml_and_json_documents_are_read(path: Path) -> None:
     assert (load_config(path, {}).port, load_config(path, {}).device) == (9001, "cpu")
 
 
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.ray.svc:6379", "[fd00::1]:6379"])
+def test_a_running_ray_is_named_by_address(address: str) -> None:
+    assert load_config(None, {"ray_address": address}).ray_address == address
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "10.0.0.1", "", "local", "host:port"])
+def test_what_is_no_address_of_a_ray_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="ray_address"):
+        load_config(None, {"ray_address": address})
+
+
 def test_flags_override_the_document_and_absent_flags_do_not(path: Path) -> None:
     path.write_text("port: 9000\nranks: 4\n")
     config = load_config(path, {"port": 7000, "ranks": None, "device": None})
@@ -74,6 +85,46 @@ def test_a_bad_value_is_refused_by_name(path: Path, document: dict[str, Any], me
         load_config(path, {})
     with pytest.raises(ConfigError, match=message):
         load_config(None, document)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    assert load_config(None, {"host": host}).host == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "moe.example", ""])
+def test_beyond_loopback_strangers_are_kept_out_or_expected(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not loopback.*set api_keys_file .*or allow_anonymous: true"):
+        load_config(None, {"host": host})
+    tls = {"tls_certificate_file": "/c", "tls_key_file": "/k"}
+    with pytest.raises(ConfigError, match="is not loopback"):
+        load_config(None, {"host": host, **tls})
+    for enough in ({"allow_anonymous": True}, {"api_keys_file": "/keys"}, {**tls, "tls_client_ca_file": "/ca"}):
+        assert load_config(None, {"host": host, **enough}).host == host
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"tls_certificate_file": "/c"}, "tls_certificate_file and tls_key_file must be set together"),
+        ({"tls_key_file": "/k"}, "tls_certificate_file and tls_key_file must be set together"),
+        ({"tls_client_ca_file": "/ca"}, "tls_client_ca_file needs tls_certificate_file and tls_key_file"),
+    ],
+)
+def test_tls_is_set_completely(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, document)
+
+
+@pytest.mark.parametrize("name", ["a/b", "/", "", " ", ".", "..", "a\nb"])
+def test_a_model_name_that_no_path_can_hold_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"served_model_name: .*must be printable and hold no '/'"):
+        load_config(None, {"served_model_name": name})
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-R1", "a model", "a%2Fb", "modèle:1"])
+def test_other_model_names_are_taken(name: str) -> None:
+    assert load_config(None, {"served_model_name": name}).served_model_name == name
 
 
 def test_every_problem_is_named_at_once() -> None:

@@ -14,7 +14,7 @@ from moe_forward.exchange import Dispatched
 from moe_forward.experts import PhaseClock
 from moe_forward.graphed_router import GraphedRouter
 from moe_forward.graphs import GraphedForward
-from moe_forward.layer_forward import LayerForward, TokenShape
+from moe_forward.layer_forward import LayerForward, StepCounts, TokenShape
 from moe_forward.router import Router, Routes
 from moe_forward.stopwatch import DeviceStopwatch, Event, Untimed
 from moe_forward.types import GateSpec, ModelSpec
@@ -53,6 +53,9 @@ class Ring:
 
     def combine(self, rows: Tensor, handle: Tensor) -> Tensor:
         return rows.masked_fill(~handle[:, None], 0.0)
+
+    def count_bytes(self, rows: Tensor, handle: Tensor, out: Tensor) -> None:
+        out.copy_(torch.tensor([len(handle), 2 * len(handle)]))
 
     def forward(
         self, layer: int, rows: Quantized, offsets: Tensor, row_weights: Tensor, expected_rows: int, clock: PhaseClock
@@ -166,12 +169,13 @@ def test_a_step_is_padded_to_its_bucket_and_replayed_where_that_is_small(
     forward: GraphedForward, ring: Ring, recorder: Recorder, count: int, bucket: int
 ) -> None:
     tokens, ids, weights = tokens_of(count)
-    routed_rows = torch.zeros(1, dtype=torch.int64)
-    output = forward.forward(7, tokens, ids, weights, None, Untimed(), routed_rows=routed_rows)
+    counts = StepCounts.zeros(forward.shape)
+    output = forward.forward(7, tokens, ids, weights, None, Untimed(), counts=counts)
     assert torch.equal(output, expected(tokens, 7))
     assert ring.counts == [bucket]
     assert recorder.replayed == (1 if bucket <= MAX_GRAPH_TOKENS else 0)
-    assert int(routed_rows) == count * K
+    assert counts.offsets[:2].tolist() == [0, count * K]
+    assert counts.moved_bytes.tolist() == [bucket, 2 * bucket]
 
 
 @pytest.mark.parametrize("mine", [0, 2, 3])
@@ -180,12 +184,12 @@ def test_the_bucket_comes_from_the_fullest_rank_not_from_this_one(
 ) -> None:
     forward.forward(3, *tokens_of(16), None, Untimed())  # leaves something in the buffers
     tokens, ids, weights = tokens_of(mine)
-    routed_rows = torch.zeros(1, dtype=torch.int64)
-    output = forward.forward(3, tokens, ids, weights, None, Untimed(), most_tokens=9, routed_rows=routed_rows)
+    counts = StepCounts.zeros(forward.shape)
+    output = forward.forward(3, tokens, ids, weights, None, Untimed(), most_tokens=9, counts=counts)
     assert output.shape == (mine, H)
     assert torch.equal(output, expected(tokens, 3))
     assert ring.counts == [16, 16]
-    assert int(routed_rows) == mine * K
+    assert counts.offsets[:2].tolist() == [0, mine * K]
 
 
 @pytest.mark.parametrize(
@@ -197,11 +201,12 @@ def test_more_than_the_largest_bucket_goes_in_as_many_chunks_on_every_rank(
 ) -> None:
     tokens, ids, weights = tokens_of(mine)
     shared = torch.arange(mine) % 2 == 0
-    routed_rows = torch.zeros(1, dtype=torch.int64)
-    output = forward.forward(7, tokens, ids, weights, shared, Untimed(), most_tokens=most, routed_rows=routed_rows)
+    counts = StepCounts.zeros(forward.shape)
+    output = forward.forward(7, tokens, ids, weights, shared, Untimed(), most_tokens=most, counts=counts)
     assert torch.equal(output, expected(tokens, 7) + 1000.0 * shared[:, None])
     assert ring.counts == buckets
-    assert int(routed_rows) == mine * K
+    assert counts.offsets[:2].tolist() == [0, mine * K]
+    assert counts.moved_bytes.tolist() == [sum(buckets), 2 * sum(buckets)], "the chunks' figures add up"
 
 
 @pytest.mark.parametrize("count", [3, 50])

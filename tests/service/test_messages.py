@@ -30,6 +30,7 @@ from moe_forward.types import (
     EngineStatus,
     ForwardRequest,
     ForwardResult,
+    QueueReport,
     RankInfo,
     Routing,
     Step,
@@ -72,6 +73,8 @@ RESULTS = st.builds(
     batch_tokens=U32,
     batch_requests=U32,
     held=st.booleans(),
+    step=st.none() | st.integers(0, 2**63 - 1),
+    generation=U32,
 )
 STEPS = st.builds(Step, step=U64, generation=U32, layer=I32, requests=st.lists(REQUESTS, max_size=5).map(tuple))
 STEP_RESULTS = st.builds(
@@ -84,6 +87,9 @@ STEP_RESULTS = st.builds(
     requantized_tokens=U64,
     non_finite=st.lists(U32, max_size=5).map(tuple),
     error=TEXT,
+    dispatch_bytes=U64,
+    combine_bytes=U64,
+    expert_rows=st.lists(U32, max_size=5).map(tuple),
 )
 REPORTS = st.builds(
     StepReport,
@@ -126,6 +132,7 @@ MESSAGES = st.one_of(
     STEP_RESULTS,
     REPORTS,
     STATUSES,
+    st.builds(QueueReport, requests=U32, tokens=U32),
     st.builds(FrontHello, slab_bytes=U64),
     st.builds(FrontWelcome, front=U32),
     st.builds(Cancel, request=U64),
@@ -178,6 +185,19 @@ def test_report_of_64_ranks_with_every_request_flagged_fits_a_datagram() -> None
     assert again(report) == report
 
 
+def test_report_with_the_rows_of_512_experts_fits_a_datagram_beside_every_flag() -> None:
+    most = 2**32 - 1
+    results = tuple(
+        StepResult(2**63, 1, rank, (math.pi,) * len(PHASES), most, most, tuple(range(256)), "", most, most, (most,) * 8)
+        for rank in range(64)
+    )
+    report = StepReport(60, 8192, 256, 1024, 65536, results)
+    assert len(pack(report)) < MAX_MESSAGE_BYTES
+    assert again(report) == report
+    alone = StepResult(2**63, 1, 0, (), most, expert_rows=(most,) * 512)
+    assert again(alone) == alone
+
+
 def test_status_of_64_ranks_fits_a_datagram() -> None:
     info = RankInfo(63, "starting", 1.8e9, 2**22, "n" * 253, "d" * 64, (0, 256), 2**40, 123.456789)
     status = EngineStatus(False, True, 3, "r" * 2100, (info,) * 64, 3, "gloo", "reference")
@@ -198,7 +218,7 @@ def test_refusal_keeps_code_text_and_retry() -> None:
     assert back.retry_after_seconds == 0.0
 
 
-@pytest.mark.parametrize("kind", [0, 15, 255])
+@pytest.mark.parametrize("kind", [0, 200, 255])
 def test_unknown_kind_raises(kind: int) -> None:
     with pytest.raises(ValueError, match=f"unknown message kind {kind}"):
         unpack(memoryview(bytes((kind, 1, 2, 3))))

@@ -7,10 +7,21 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 
-from moe_forward.errors import ErrorCode
-from moe_forward.metrics import PHASE_SECONDS, REJECTIONS, Metrics, RequestRecord, package_version
-from moe_forward.types import PHASES, EngineStatus, RankInfo, StepReport, StepResult
+from moe_forward.errors import ConfigError, ErrorCode
+from moe_forward.expert_tokens import check_series
+from moe_forward.metrics import PHASE_SECONDS, REJECTIONS, Metrics, package_version
+from moe_forward.request_record import RequestRecord
+from moe_forward.types import (
+    PHASES,
+    EngineStatus,
+    ForwardResult,
+    QueueReport,
+    RankInfo,
+    StepReport,
+    StepResult,
+)
 
 EXPECTED = {
     "requests_total": ("counter", {"model", "route", "code"}),
@@ -37,6 +48,12 @@ EXPECTED = {
     "gpu_memory_bytes": ("gauge", {"rank", "kind"}),
     "build_info": ("gauge", {"version", "torch", "ray", "backend", "kernel"}),
     "requantized_tokens_total": ("counter", {"model"}),
+    "exchange_bytes_total": ("counter", {"rank", "direction"}),
+    "degraded": ("gauge", {"model"}),
+}
+ASKED_FOR = {
+    "expert_tokens_total": ("counter", {"layer", "expert"}),
+    "trace_export_failures_total": ("counter", set()),
 }
 START_SECONDS = 100.0
 
@@ -44,9 +61,9 @@ START_SECONDS = 100.0
 class Series:
     """Metrics in a registry of their own, and their values."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: bool) -> None:
         self.registry = CollectorRegistry()
-        self.metrics = Metrics(self.registry, wall_clock=lambda: START_SECONDS)
+        self.metrics = Metrics(self.registry, wall_clock=lambda: START_SECONDS, **settings)
 
     def value(self, name: str, **labels: Any) -> float | None:
         return self.registry.get_sample_value(f"moe_forward_{name}", {key: str(v) for key, v in labels.items()})
@@ -63,7 +80,9 @@ def rank_info(rank: int, state: Any = "ready", since: float = 103.0) -> RankInfo
 
 def report(*rows: int, layer: int = 1, requantized: int = 0) -> StepReport:
     phases = tuple(0.001 * (index + 1) for index in range(len(PHASES)))
-    results = tuple(StepResult(1, 1, rank, phases, count, requantized) for rank, count in enumerate(rows))
+    results = tuple(
+        StepResult(1, 1, rank, phases, count, requantized, expert_rows=(count,)) for rank, count in enumerate(rows)
+    )
     return StepReport(layer, 48, 3, 5, 70, results)
 
 
@@ -75,17 +94,88 @@ def feed(metrics: Metrics) -> None:
     metrics.rejected(ErrorCode.QUEUE_FULL)
     metrics.step_finished("tiny", report(1, 2))
     ranks = (replace(rank_info(0), device="cuda:0", memory_bytes=70, buffer_bytes=20, free_bytes=10),)
-    metrics.status_changed(EngineStatus(True, ranks=ranks, backend="gloo", kernel="reference"))
+    metrics.status_changed("tiny", EngineStatus(True, ranks=ranks, backend="gloo", kernel="reference"))
 
 
-def test_every_series_is_exposed_with_exactly_the_documented_type_and_labels(series: Series) -> None:
-    feed(series.metrics)
+def exposed(series: Series) -> dict[str, tuple[str, set[str]]]:
+    """Type and labels of every series."""
     found = {}
     for family in series.registry.collect():
         name = family.name.removeprefix("moe_forward_") + ("_total" if family.type == "counter" else "")
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         found[name] = (family.type, labels)
-    assert found == EXPECTED
+    return found
+
+
+def test_every_series_is_exposed_with_exactly_the_documented_type_and_labels(series: Series) -> None:
+    feed(series.metrics)
+    assert exposed(series) == EXPECTED
+
+
+def test_some_series_are_there_only_where_they_are_asked_for() -> None:
+    series = Series(expert_metrics=True, tracing=True)
+    feed(series.metrics)
+    assert exposed(series) == EXPECTED | ASKED_FOR
+
+
+def test_experts_are_counted_one_by_one_and_by_layer() -> None:
+    series = Series(expert_metrics=True)
+    for rows in ((1, 2, 0), (3, 0, 0)):  # two experts on rank 0, one on rank 1; ranks answer in any order
+        results = (StepResult(1, 1, 1, (), 0, expert_rows=rows[2:]), StepResult(1, 1, 0, (), 3, expert_rows=rows[:2]))
+        series.metrics.step_finished("tiny", StepReport(4, 3, 1, 0, 0, results))
+    shown = [series.value("expert_tokens_total", layer=4, expert=expert) for expert in range(3)]
+    assert shown == [4, 2, 0]
+    assert series.value("expert_tokens_total", layer=1, expert=0) is None, "layer 1 had no step"
+
+
+def test_more_experts_than_a_scrape_can_carry_are_refused_with_the_numbers() -> None:
+    check_series(60, 512)
+    with pytest.raises(ConfigError, match=r"expert_metrics: 61 layers of 540 experts are 32940 series, .* 32768"):
+        check_series(61, 540)
+
+
+def test_bytes_of_the_exchange_are_counted_by_rank_and_direction(series: Series) -> None:
+    results = (
+        StepResult(1, 1, 0, (), 1, dispatch_bytes=10, combine_bytes=4),
+        StepResult(1, 1, 1, (), 1, dispatch_bytes=0, combine_bytes=0),
+    )
+    for _ in range(2):
+        series.metrics.step_finished("tiny", StepReport(1, 2, 1, 0, 0, results))
+    assert series.value("exchange_bytes_total", rank=0, direction="dispatch") == 20
+    assert series.value("exchange_bytes_total", rank=0, direction="combine") == 8
+    assert series.value("exchange_bytes_total", rank=1, direction="combine") == 0
+
+
+def test_the_queue_is_shown_as_last_told_and_empty_without_a_ready_group(series: Series) -> None:
+    series.metrics.step_finished("tiny", report(1, 2))
+    assert series.value("queue_requests", model="tiny") == 5
+    series.metrics.queue_changed("tiny", QueueReport(9, 90))
+    assert (series.value("queue_requests", model="tiny"), series.value("queue_tokens", model="tiny")) == (9, 90)
+    series.metrics.status_changed("tiny", EngineStatus(False, lost=True, ranks=(rank_info(0, "lost"),)))
+    assert (series.value("queue_requests", model="tiny"), series.value("queue_tokens", model="tiny")) == (0, 0)
+
+
+def test_degraded_follows_the_ranks(series: Series) -> None:
+    for ready in (False, True, False):
+        series.metrics.status_changed("tiny", EngineStatus(ready))
+        assert series.value("degraded", model="tiny") == (not ready)
+
+
+def test_an_exemplar_names_the_trace_of_a_request_whose_trace_is_kept(series: Series) -> None:
+    for seconds, trace_id, sampled in ((0.003, "a" * 32, True), (0.003, "b" * 32, False), (0.3, "c" * 32, True)):
+        series.metrics.request_started("tiny")
+        record = RequestRecord("/r", "id", "tiny", duration_seconds=seconds, trace_id=trace_id, sampled=sampled)
+        series.metrics.request_finished(record)
+    page = openmetrics(series.registry).decode()
+    lines = [line for line in page.splitlines() if "# {" in line]
+    assert [line.split(" # ")[1].split()[0] for line in lines] == [f'{{trace_id="{name * 32}"}}' for name in "ac"]
+    assert all(line.startswith("moe_forward_request_duration_seconds_bucket{") for line in lines)
+
+
+def test_the_log_line_of_a_request_has_its_trace_and_none_of_the_notes_for_spans() -> None:
+    fields = RequestRecord("/r", "id", "tiny", trace_id="a" * 32, sampled=True, result=ForwardResult(1, 2)).fields()
+    assert fields["trace_id"] == "a" * 32
+    assert {"sampled", "moments", "result"} & fields.keys() == set()
 
 
 def test_names_and_help_are_what_promtool_accepts(series: Series) -> None:
@@ -196,7 +286,7 @@ def test_a_step_that_a_rank_did_not_time_adds_no_phases_but_everything_else(seri
 
 def test_gpu_memory_is_shown_by_kind_and_not_for_cpu_ranks(series: Series) -> None:
     on_gpu = replace(rank_info(1), device="cuda:1", memory_bytes=70, buffer_bytes=20, free_bytes=10)
-    series.metrics.status_changed(EngineStatus(True, ranks=(replace(rank_info(0), memory_bytes=70), on_gpu)))
+    series.metrics.status_changed("tiny", EngineStatus(True, ranks=(replace(rank_info(0), memory_bytes=70), on_gpu)))
     shown = {kind: series.value("gpu_memory_bytes", rank=1, kind=kind) for kind in ("weights", "buffers", "free")}
     assert shown == {"weights": 70, "buffers": 20, "free": 10}
     assert series.value("gpu_memory_bytes", rank=0, kind="weights") is None
@@ -204,7 +294,7 @@ def test_gpu_memory_is_shown_by_kind_and_not_for_cpu_ranks(series: Series) -> No
 
 def test_status_feeds_ranks_and_generation(series: Series) -> None:
     status = EngineStatus(False, generation=4, ranks=(rank_info(0), rank_info(1, "starting")))
-    series.metrics.status_changed(status)
+    series.metrics.status_changed("tiny", status)
     assert series.value("placement_generation") == 4
     assert (series.value("rank_up", rank=0), series.value("rank_up", rank=1)) == (1, 0)
     assert series.value("weights_load_duration_seconds", rank=0) == 2.5
@@ -213,25 +303,27 @@ def test_status_feeds_ranks_and_generation(series: Series) -> None:
 
 
 def test_startup_is_the_first_start_only_and_never_negative(series: Series) -> None:
-    series.metrics.status_changed(EngineStatus(True, ranks=(rank_info(0, since=90.0), rank_info(1, since=101.0))))
-    series.metrics.status_changed(EngineStatus(True, ranks=(rank_info(1, since=500.0),)))
+    series.metrics.status_changed(
+        "tiny", EngineStatus(True, ranks=(rank_info(0, since=90.0), rank_info(1, since=101.0)))
+    )
+    series.metrics.status_changed("tiny", EngineStatus(True, ranks=(rank_info(1, since=500.0),)))
     assert series.value("startup_duration_seconds", rank=0) == 0
     assert series.value("startup_duration_seconds", rank=1) == 1.0
 
 
 def test_restarts_follow_the_engine_and_survive_its_loss(series: Series) -> None:
     for restarts in (0, 0, 1):
-        series.metrics.status_changed(EngineStatus(True, restarts=restarts, ranks=(rank_info(0), rank_info(1))))
-    series.metrics.status_changed(EngineStatus(lost=True))  # the engine is gone: it names no ranks
+        series.metrics.status_changed("tiny", EngineStatus(True, restarts=restarts, ranks=(rank_info(0), rank_info(1))))
+    series.metrics.status_changed("tiny", EngineStatus(lost=True))  # the engine is gone: it names no ranks
     assert series.value("rank_up", rank=1) == 0
-    series.metrics.status_changed(EngineStatus(True, restarts=2, ranks=(rank_info(0), rank_info(1))))
+    series.metrics.status_changed("tiny", EngineStatus(True, restarts=2, ranks=(rank_info(0), rank_info(1))))
     assert series.value("rank_restarts_total", rank=0) == series.value("rank_restarts_total", rank=1) == 2
     assert series.value("rank_up", rank=1) == 1
 
 
 def test_build_info_names_what_is_in_use_now(series: Series) -> None:
     for kernel in ("reference", "cutlass"):
-        series.metrics.status_changed(EngineStatus(True, backend="gloo", kernel=kernel))
+        series.metrics.status_changed("tiny", EngineStatus(True, backend="gloo", kernel=kernel))
     versions = {"version": package_version("moe-forward"), "torch": package_version("torch")}
     versions["ray"] = package_version("ray")
     assert series.value("build_info", **versions, backend="gloo", kernel="cutlass") == 1

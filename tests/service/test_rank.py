@@ -209,6 +209,8 @@ def test_the_layer_is_the_specifications(desk: Desk, dtype: DType, granularity: 
     assert (result.routed_rows, result.requantized_tokens, result.non_finite) == (9 * K, 0, ())
     assert len(result.phase_seconds) == len(PHASES)
     assert min(result.phase_seconds) > 0, "a phase was not timed"
+    assert list(result.expert_rows) == torch.bincount(sent.ids.flatten(), minlength=SPEC.num_experts).tolist()
+    assert (result.dispatch_bytes, result.combine_bytes) == (0, 0), "one rank has nobody to send to"
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

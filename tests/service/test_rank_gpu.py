@@ -115,6 +115,7 @@ def setup_of(shape: Shape, ranks: int, exchange: str, kind: str, rendezvous: Pat
         phase_sample_steps=SAMPLE_STEPS,
         step_timeout_seconds=120.0,
         start_timeout_seconds=GUARD_SECONDS,
+        expert_metrics=True,
     )
 
 
@@ -206,6 +207,9 @@ def test_ranks_report_the_rows_they_computed(done: Done) -> None:
         assert {word.step for word in words} == {step.step}
         assert {word.error for word in words} == {""}
         assert sum(word.routed_rows for word in words) == step.tokens * done.traffic.shape.top_k
+        assert all(sum(word.expert_rows) == word.routed_rows for word in words)
+        moved = [word.dispatch_bytes + word.combine_bytes for word in words]
+        assert max(moved) == 0 if done.traffic.ranks == 1 else step.tokens < 64 or max(moved) > 0
     assert sum(word.requantized_tokens for word in done.words[done.requantized]) == 6
 
 

@@ -15,7 +15,7 @@ from moe_forward.channel import BlockingChannel, listen
 from moe_forward.checkpoint import make_model, read_spec
 from moe_forward.errors import StartError
 from moe_forward.messages import AttachSlab, Cancel, DetachSlab, RankHello, pack
-from moe_forward.rank_process import check_memory, run_rank
+from moe_forward.rank_process import check_folder, check_memory, run_rank
 from moe_forward.rank_setup import RankSetup
 from moe_forward.slab import Slab
 from moe_forward.types import DType, ForwardRequest, Routing, Step, StepResult, TensorRef
@@ -165,6 +165,13 @@ def test_a_message_that_is_not_for_ranks_ends_the_rank(engine: EngineSide) -> No
     engine.join()
     assert isinstance(engine.error, TypeError)
     assert "the engine sent a Cancel" in str(engine.error)
+
+
+def test_a_node_without_the_checkpoint_is_named_with_the_path(setup: RankSetup, socket_folder: Path) -> None:
+    check_folder(setup)
+    elsewhere = replace(setup, rank=3, host="10.1.2.3", folder=socket_folder / "not here")
+    with pytest.raises(StartError, match=r"rank 3 on node .* \(10\.1\.2\.3\) cannot read .*not here/config\.json"):
+        check_folder(elsewhere)
 
 
 class Gpu:

@@ -12,6 +12,7 @@ from moe_forward.api.admin import admin_router
 from moe_forward.api.availability import Availability
 from moe_forward.api.errors import FRAMEWORK_CODES, render
 from moe_forward.api.forward import ForwardParts, ForwardRoute
+from moe_forward.api.keys import DOCS, DRAIN, HEALTH, ApiKeyMiddleware, ApiKeys
 from moe_forward.api.openapi import describe
 from moe_forward.api.ports import Link
 from moe_forward.api.reports import Reports
@@ -20,30 +21,42 @@ from moe_forward.api.status import status_router
 from moe_forward.config import Config
 from moe_forward.errors import ErrorCode, ForwardError
 from moe_forward.metrics import Metrics, package_version
+from moe_forward.tracing import Tracer
 from moe_forward.types import ModelSpec
 from moe_forward.wire import OIP, Encoding, WireLimits, for_content_type
 
 JSON_HEADER_LENGTH = "inference-header-content-length"
 
 
-def create_app(config: Config, spec: ModelSpec, link: Link, metrics: Metrics, admin_token: str | None) -> FastAPI:
+def create_app(
+    config: Config,
+    spec: ModelSpec,
+    link: Link,
+    metrics: Metrics,
+    admin_token: str | None,
+    tracer: Tracer | None = None,
+) -> FastAPI:
     """Build the HTTP front end of one engine.
 
-    link: to the engine; the application takes over its `on_report` and `on_status`.
+    link: to the engine; the application takes over its `on_report`, `on_queue` and `on_status`.
     admin_token: secret of POST /v1/drain, or None to forbid that call.
+    tracer: told of every request and step, or None.
     Returns: the application. `app.state.drain()` starts draining (the server's SIGTERM), `app.state.draining` says
         whether it has begun, `app.state.availability.inflight` counts the forwards being served.
+    Raises: ConfigError when the configuration names API keys that cannot be read.
     """
     availability = Availability(link)
-    reports = Reports(link, spec.name, metrics)
+    reports = Reports(link, spec.name, metrics, tracer)
     limits = WireLimits(spec, config.max_request_tokens, config.max_timeout_seconds)
-    parts = ForwardParts(config, limits, link, availability, metrics)
+    parts = ForwardParts(config, limits, link, availability, metrics, tracer)
     own = ForwardRoute("/v1/moe/forward", lambda headers: _own_encoding(config, headers), parts)
     oip = ForwardRoute("/v2/models/{model}/infer", lambda headers: _oip_encoding(config, headers), parts)
     app = FastAPI(
         title="moe-forward",
         summary="The MoE part of a transformer layer as a service.",
         version=package_version("moe-forward"),
+        docs_url="/docs" if config.docs else None,
+        openapi_url="/openapi.json" if config.docs else None,
         redoc_url=None,
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -54,7 +67,10 @@ def create_app(config: Config, spec: ModelSpec, link: Link, metrics: Metrics, ad
             Route("/v2/models/{model}/versions/{version}/infer", oip),
         ],
     )
-    app.add_middleware(RequestIdMiddleware)
+    if config.api_keys_file is not None:
+        open_paths = (*HEALTH, DRAIN, *DOCS) if config.docs else (*HEALTH, DRAIN)
+        app.add_middleware(ApiKeyMiddleware, ApiKeys(config.api_keys_file), metrics, open_paths)
+    app.add_middleware(RequestIdMiddleware)  # around the keys: a refusal has an id too
     app.add_exception_handler(ForwardError, _refused)
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(Exception, _failed)
@@ -68,7 +84,7 @@ def create_app(config: Config, spec: ModelSpec, link: Link, metrics: Metrics, ad
     app.state.availability = availability
     app.include_router(status_router(spec, link, availability, reports))
     app.include_router(admin_router(availability, metrics, admin_token, drain))
-    describe(app, spec)
+    describe(app, spec, keys=config.api_keys_file is not None)
     return app
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from moe_forward.errors import ErrorCode, ForwardError
 
 STATUS = {
+    ErrorCode.MALFORMED_REQUEST: 400,
     ErrorCode.MALFORMED_BODY: 400,
     ErrorCode.MISSING_TENSOR: 400,
     ErrorCode.UNEXPECTED_TENSOR: 400,
@@ -22,17 +23,20 @@ STATUS = {
     ErrorCode.MODEL_NOT_FOUND: 404,
     ErrorCode.LAYER_NOT_FOUND: 404,
     ErrorCode.METHOD_NOT_ALLOWED: 405,
+    ErrorCode.HEADER_TIMEOUT: 408,
     ErrorCode.BODY_TIMEOUT: 408,
     ErrorCode.LENGTH_REQUIRED: 411,
     ErrorCode.TOO_LARGE: 413,
     ErrorCode.UNSUPPORTED_MEDIA_TYPE: 415,
     ErrorCode.NON_FINITE: 422,
     ErrorCode.QUEUE_FULL: 429,
+    ErrorCode.HEADERS_TOO_LARGE: 431,
     ErrorCode.CANCELLED: 499,  # counted, seldom sent: the client that would read it has left
     ErrorCode.INTERNAL: 500,
     ErrorCode.NOT_READY: 503,
     ErrorCode.DRAINING: 503,
     ErrorCode.RANK_LOST: 503,
+    ErrorCode.TOO_MANY_CONNECTIONS: 503,
     ErrorCode.DEADLINE_EXCEEDED: 504,
 }
 
@@ -41,6 +45,7 @@ RETRY_AFTER_SECONDS = {
     ErrorCode.NOT_READY: 5.0,
     ErrorCode.DRAINING: 5.0,
     ErrorCode.RANK_LOST: 5.0,
+    ErrorCode.TOO_MANY_CONNECTIONS: 1.0,
 }
 """When to try again, where whoever raised the error did not say."""
 
@@ -49,6 +54,11 @@ EXTRA_HEADERS = {
     ErrorCode.METHOD_NOT_ALLOWED: (("allow", "POST"),),  # of the tensor routes; the framework names its own
     # the rest of the body never came: whatever follows on this connection cannot be told from it
     ErrorCode.BODY_TIMEOUT: (("connection", "close"),),
+    # refused before there was a request: nothing can follow on this connection
+    ErrorCode.MALFORMED_REQUEST: (("connection", "close"),),
+    ErrorCode.HEADERS_TOO_LARGE: (("connection", "close"),),
+    ErrorCode.HEADER_TIMEOUT: (("connection", "close"),),
+    ErrorCode.TOO_MANY_CONNECTIONS: (("connection", "close"),),
 }
 
 FRAMEWORK_CODES = {

@@ -25,6 +25,7 @@ from moe_forward.api.body import (
     receive_body,
 )
 from moe_forward.api.errors import STATUS, render
+from moe_forward.api.keys import caller
 from moe_forward.api.lease import Lease
 from moe_forward.api.ports import Link
 from moe_forward.api.reply import send_reply
@@ -32,8 +33,10 @@ from moe_forward.api.request_id import request_id
 from moe_forward.config import Config
 from moe_forward.errors import ErrorCode, ForwardError
 from moe_forward.logs import log_request
-from moe_forward.metrics import Metrics, RequestRecord
+from moe_forward.metrics import Metrics
+from moe_forward.request_record import RequestRecord
 from moe_forward.slab import Extent
+from moe_forward.tracing import Tracer, trace_context
 from moe_forward.types import ForwardRequest, ForwardResult, TensorRef
 from moe_forward.wire.base import Encoding, ForwardCall, ReplyNotes, WireLimits, WireReply, WireRequest, WireTensor
 from moe_forward.wire.oip import check_model
@@ -43,13 +46,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ForwardParts:
-    """What both tensor routes work with."""
+    """What both tensor routes work with. tracer: None where nobody collects traces."""
 
     config: Config
     limits: WireLimits
     link: Link
     availability: Availability
     metrics: Metrics
+    tracer: Tracer | None = None
 
 
 class ForwardRoute:
@@ -72,7 +76,8 @@ class ForwardRoute:
         """Serve one request and account for it, whatever its end."""
         record = RequestRecord(self._route, request_id(scope), self._model)
         lease = Lease(self._link)
-        started = time.perf_counter()
+        record.moments.started = time.perf_counter()
+        span = self._begin_trace(scope, record)
         self._parts.metrics.request_started(self._model)
         try:
             with self._parts.availability.serving():
@@ -83,9 +88,18 @@ class ForwardRoute:
                 raise
         finally:
             lease.release()
-            record.duration_seconds = time.perf_counter() - started
+            record.duration_seconds = time.perf_counter() - record.moments.started
             self._parts.metrics.request_finished(record)
-            _log(record)
+            if self._parts.tracer is not None:
+                self._parts.tracer.request_finished(span, record)
+            _log(record, caller(scope))
+
+    def _begin_trace(self, scope: Scope, record: RequestRecord) -> object:
+        """Note the trace that the request is part of, and begin its span where traces are collected."""
+        parent = trace_context(scope["headers"])
+        if parent is not None:
+            record.trace_id, record.sampled = parent.trace_id, parent.sampled
+        return None if self._parts.tracer is None else self._parts.tracer.request_started(record, parent)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, lease: Lease, record: RequestRecord) -> None:
         chunk_timeout = self._parts.config.body_timeout_seconds
@@ -96,13 +110,16 @@ class ForwardRoute:
         except ClientDisconnected:
             raise
         except Exception:
-            log.exception("a forward failed", extra={"request_id": record.request_id, "route": record.route})
+            where = {"request_id": record.request_id, "route": record.route, "trace_id": record.trace_id}
+            log.exception("a forward failed", extra=where)
             error = ForwardError(ErrorCode.INTERNAL, "internal error; the log has the details under this request id")
         else:
             headers = (("content-type", reply.content_type), *reply.headers)
+            record.moments.sending = time.perf_counter()
             await send_reply(send, record.status, headers, reply.head, reply.body, lease.release, chunk_timeout)
             return
         rendered = render(error, record.request_id)
+        record.moments.sending = time.perf_counter()
         record.status, record.code = rendered.status, error.code
         if rendered.status >= 500:  # what the service did wrong; a 4xx sentence may quote what the client sent
             record.error = error.message
@@ -130,19 +147,21 @@ class ForwardRoute:
         await receive_body(receive, view, config.body_timeout_seconds)
         record.body_bytes = length
 
-        start = time.perf_counter()
+        start = record.moments.decoding = time.perf_counter()
         wire_request = WireRequest(headers, query, view, model, version)
         call = encoding.decode(wire_request, self._parts.limits)
         record.layer, record.tokens = call.layer, call.tokens
         request = self._request(call, body, lease)
         record.decode_seconds = time.perf_counter() - start
 
-        result = await self._result(request, receive, lease)
+        record.moments.handed_over = time.perf_counter()
+        result = record.result = await self._result(request, receive, lease)
+        record.moments.answered = time.perf_counter()
         record.queue_seconds, record.step_seconds = result.queue_seconds, result.step_seconds
         if result.code is not None:
             raise ForwardError(ErrorCode(result.code), result.message, result.retry_after_seconds)
 
-        start = time.perf_counter()
+        start = record.moments.encoding = time.perf_counter()
         output = slab.view(request.output.offset, call.tokens * request.output.columns * call.output_dtype.itemsize)
         notes = ReplyNotes(record.request_id, result.batch_tokens, result.queue_seconds, result.step_seconds)
         reply = encoding.encode(call, output, notes)
@@ -203,9 +222,9 @@ class ForwardRoute:
             gone.cancel()
 
 
-def _log(record: RequestRecord) -> None:
+def _log(record: RequestRecord, caller: str | None) -> None:
     if record.code is ErrorCode.INTERNAL:
         level = logging.ERROR
     else:
         level = logging.WARNING if record.status >= 500 else logging.INFO
-    log_request(log, level, record.fields())
+    log_request(log, level, {**record.fields(), "caller": caller})

@@ -6,20 +6,22 @@ from collections.abc import Callable
 from typing import Protocol
 
 from moe_forward.slab import Slab
-from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, StepReport
+from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, QueueReport, StepReport
 
 
 class Link(Protocol):
     """The engine as a front end sees it.
 
     slab: memory that bodies and outputs lie in. front: this front end's number. status: always current.
-    on_report, on_status: called with each finished step and each change of status; the application sets them.
+    on_report, on_queue, on_status: called with each finished step, with what waits in the engine after it has changed,
+        and with each change of status; the application sets them.
     """
 
     slab: Slab
     front: int
     status: EngineStatus
     on_report: Callable[[StepReport], None]
+    on_queue: Callable[[QueueReport], None]
     on_status: Callable[[EngineStatus], None]
 
     def next_request(self) -> int:

@@ -6,27 +6,36 @@ from collections import Counter
 
 from moe_forward.api.ports import Link
 from moe_forward.metrics import Metrics
-from moe_forward.types import EngineStatus, StepReport
+from moe_forward.tracing import Tracer
+from moe_forward.types import EngineStatus, QueueReport, StepReport
 
 
 class Reports:
     """Listens to one link.
 
+    tracer: also told of steps, or None.
     rank_tokens: rank -> rows its experts computed since this front end started.
     """
 
-    def __init__(self, link: Link, model: str, metrics: Metrics) -> None:
+    def __init__(self, link: Link, model: str, metrics: Metrics, tracer: Tracer | None = None) -> None:
         self.rank_tokens: Counter[int] = Counter()
         self._model = model
         self._metrics = metrics
+        self._tracer = tracer
         self._on_status(link.status)
         link.on_status = self._on_status
+        link.on_queue = self._on_queue
         link.on_report = self._on_report
 
     def _on_status(self, status: EngineStatus) -> None:
-        self._metrics.status_changed(status)
+        self._metrics.status_changed(self._model, status)
+
+    def _on_queue(self, report: QueueReport) -> None:
+        self._metrics.queue_changed(self._model, report)
 
     def _on_report(self, report: StepReport) -> None:
         self._metrics.step_finished(self._model, report)
+        if self._tracer is not None:
+            self._tracer.step_finished(report)
         for result in report.results:
             self.rank_tokens[result.rank] += result.routed_rows

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from moe_forward.types import GateKind
+
 
 class ErrorBody(BaseModel):
     """Every error of every route."""
@@ -49,6 +51,8 @@ class Placement(BaseModel):
     hidden_size: int
     num_experts: int
     top_k: int
+    shared_experts: bool = Field(description="Whether the layers have shared experts, added unless a request says no.")
+    gate: GateKind = Field(description="How a layer chooses experts when the client does not.")
     layers: list[int]
     generation: int = Field(description="Number of the rank group; another number means that it was started again.")
     ranks: list[PlacementRank]

@@ -34,6 +34,8 @@ def placement(spec: ModelSpec, status: EngineStatus) -> Placement:
         hidden_size=spec.hidden_size,
         num_experts=spec.num_experts,
         top_k=spec.top_k,
+        shared_experts=spec.shared_intermediate_size > 0,
+        gate=spec.gate.kind,
         layers=list(spec.layers),
         generation=status.generation,
         ranks=ranks,

@@ -20,6 +20,7 @@ from moe_forward.client.errors import (
     TransportFailed,
     Unavailable,
 )
+from moe_forward.client.trust import read_api_key
 
 __all__ = [
     "AsyncClient",
@@ -30,4 +31,5 @@ __all__ = [
     "ServerFailed",
     "TransportFailed",
     "Unavailable",
+    "read_api_key",
 ]

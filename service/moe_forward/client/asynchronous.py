@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +13,7 @@ from moe_forward.client.attempts import Attempt, Outcome, attempts
 from moe_forward.client.calls import Call, Calls
 from moe_forward.client.connection import DEFAULT_URL, connection_options
 from moe_forward.client.replies import Reply
+from moe_forward.client.trust import Cert, Verify
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,12 +31,14 @@ class AsyncClient:
         base_url: str = DEFAULT_URL,
         *,
         api_key: str | None = None,
+        verify: Verify = True,
+        cert: Cert | None = None,
         timeout_seconds: float = 30.0,
         retries: int = 2,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._calls = Calls(timeout_seconds, retries)
-        self._http = httpx.AsyncClient(transport=transport, **connection_options(base_url, api_key))
+        self._http = httpx.AsyncClient(transport=transport, **connection_options(base_url, api_key, verify, cert))
 
     async def forward(
         self,
@@ -117,3 +121,5 @@ class AsyncClient:
                 return Reply(response.status_code, response.headers, b"".join(chunks))
         except httpx.RequestError as error:
             return error
+        except ssl.SSLError as error:  # a server's "certificate required" of TLS 1.3, which httpx lets through
+            return httpx.ReadError(str(error))

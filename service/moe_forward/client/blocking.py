@@ -12,6 +12,7 @@ from moe_forward.client.attempts import Attempt, Outcome, attempts
 from moe_forward.client.calls import Call, Calls
 from moe_forward.client.connection import DEFAULT_URL, connection_options
 from moe_forward.client.replies import Reply
+from moe_forward.client.trust import Cert, Verify
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,8 @@ ArrayT = TypeVar("ArrayT", "torch.Tensor", "np.ndarray[Any, Any]")
 class Client:
     """Blocking client of one service; threads may share it.
 
-    base_url: address of the HTTP front end. api_key: sent as bearer token, where a gateway asks for one.
+    base_url: address of the HTTP front end. api_key: sent as bearer token; `read_api_key` takes one from a file.
+    verify, cert: of https, as in `tls_settings`: whom to trust (a PEM file, say), and the client's own certificate.
     timeout_seconds: for a whole call, retries included, where the call names no other.
     retries: further attempts after a lost connection, 429 or 503; a forward can safely be sent twice.
     transport: httpx transport to use instead of the network, for tests.
@@ -35,12 +37,14 @@ class Client:
         base_url: str = DEFAULT_URL,
         *,
         api_key: str | None = None,
+        verify: Verify = True,
+        cert: Cert | None = None,
         timeout_seconds: float = 30.0,
         retries: int = 2,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._calls = Calls(timeout_seconds, retries)
-        self._http = httpx.Client(transport=transport, **connection_options(base_url, api_key))
+        self._http = httpx.Client(transport=transport, **connection_options(base_url, api_key, verify, cert))
 
     def forward(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 
 from moe_forward.client.calls import check_token
+from moe_forward.client.trust import Cert, Verify, tls_settings
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -15,7 +16,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0)
 
 
-def connection_options(base_url: str, api_key: str | None) -> dict[str, Any]:
+def connection_options(base_url: str, api_key: str | None, verify: Verify, cert: Cert | None) -> dict[str, Any]:
     """Keyword arguments of `httpx.Client` and `httpx.AsyncClient`.
 
     Raises: ValueError naming the argument.
@@ -26,4 +27,4 @@ def connection_options(base_url: str, api_key: str | None) -> dict[str, Any]:
     headers = {"Accept-Encoding": "identity"}  # activations hardly compress, and trying costs more than sending
     if api_key is not None:
         headers["Authorization"] = f"Bearer {check_token('api_key', api_key)}"
-    return {"base_url": url, "headers": headers, "limits": LIMITS}
+    return {"base_url": url, "headers": headers, "limits": LIMITS, "verify": tls_settings(verify, cert)}

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 
 from moe_forward.errors import StartError
-from moe_forward.exchange.base import Dispatched, Exchange, Place
+from moe_forward.exchange.base import Dispatched, Exchange, Meeting, Place
 from moe_forward.exchange.deepep_package import missing_deepep
 
-__all__ = ["EXCHANGES", "Dispatched", "Exchange", "Place", "choose", "create"]
+__all__ = ["EXCHANGES", "Dispatched", "Exchange", "Meeting", "Place", "choose", "create"]
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,23 @@ from w4afp8 import Quantized
 
 
 @dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the ranks of several hosts meet: a store that rank 0 serves over TCP, on one address of its host.
+
+    listener: on rank 0, the descriptor of the socket that is bound there; it is the store's from then on.
+    """
+
+    host: str
+    port: int
+    listener: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """One rank's place in a group, and the shape of what will travel.
 
     rank, ranks, num_experts: who, of how many, sharing which E experts.
-    rendezvous: a file that every rank of the group sees and no other group uses.
+    rendezvous: a file that every rank of the group sees and no other group uses, or where they meet over TCP.
     timeout_seconds: of one collective.
     device: where this rank's tensors lie.
     hidden_size, top_k: H and K.
@@ -33,7 +45,7 @@ class Place:
     rank: int
     ranks: int
     num_experts: int
-    rendezvous: Path
+    rendezvous: Path | Meeting
     timeout_seconds: float
     device: torch.device
     hidden_size: int
@@ -89,9 +101,22 @@ class Exchange(Protocol):
         """
         ...
 
+    def count_bytes(self, rows: Tensor, handle: Any, out: Tensor) -> None:
+        """Say how much payload moved between this rank and the others, without what an exchange adds to it.
+
+        rows, handle: as `combine` was given them.
+        out: [2] int64 on the rows' device, set to the bytes that came in dispatch and those that combine sent back.
+        """
+        ...
+
     def close(self) -> None:
         """Leave the group, with every other rank. CUDA graphs that hold its collectives must be gone by then."""
         ...
+
+
+def token_bytes(hidden_size: int, scale_columns: int, top_k: int) -> int:
+    """Payload of one token on its way to a rank: e4m3 values, float32 scales, int32 expert ids, float32 weights."""
+    return hidden_size + 4 * scale_columns + 8 * top_k
 
 
 def expected_rows(ranks: int, tokens: int, top_k: int, num_experts: int) -> int:

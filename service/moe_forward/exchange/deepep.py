@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_forward.errors import StartError
 from moe_forward.exchange import gpu_checks
-from moe_forward.exchange.base import Dispatched, Place, expected_rows
+from moe_forward.exchange.base import Dispatched, Place, expected_rows, token_bytes
 from moe_forward.exchange.deadline import deadline
 from moe_forward.exchange.deepep_package import missing_deepep
 from moe_forward.exchange.group import LEAVE_SECONDS, join, leave
@@ -69,6 +69,7 @@ class DeepEPExchange:
         self._seats = seats(place.num_experts, place.ranks).to(place.device)
         # Its first element stays 0; one buffer, so that a dispatch needs no kernel to set it.
         self._offsets = torch.zeros(len(self._mine) + 1, dtype=torch.int64, device=place.device)
+        self._moved = moved_bytes(place).to(place.device)
 
     def dispatch(self, tokens: Quantized, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
         """Send tokens to the ranks of their experts. See `Exchange.dispatch`."""
@@ -98,6 +99,11 @@ class DeepEPExchange:
             raise ValueError(f"rows: exchange deepep combines bfloat16, got {rows.dtype}")
         combined: Tensor = self._buffer.combine(rows.contiguous(), handle=handle.dispatched, num_sms=handle.sms)[0]
         return combined
+
+    def count_bytes(self, rows: Tensor, handle: _Handle, out: Tensor) -> None:
+        """A token comes once, and its rows go back as one. See `Exchange.count_bytes`."""
+        copies = handle.dispatched.psum_num_recv_tokens_per_scaleup_rank
+        torch.sum(self._moved * copies.unsqueeze(1), 0, out=out)
 
     def close(self) -> None:
         """Free DeepEP's memory and leave the process group."""
@@ -145,6 +151,23 @@ def seats(num_experts: int, ranks: int) -> Tensor:
     held = [expert_range(rank, ranks, num_experts) for rank in range(ranks)]
     numbers = [rank * block + offset for rank, mine in enumerate(held) for offset in range(len(mine))]
     return torch.tensor([*numbers, -1])
+
+
+def moved_bytes(place: Place) -> Tensor:
+    """Make bytes of DeepEP's counts: of tokens that came from each rank, added up from the first rank on.
+
+    All ranks share one NVLink domain (`gpu_checks.check_peers`), so that DeepEP counts by rank.
+    Returns: [ranks, 2] int64; its product with the counts, added up, is the payload of what came from other ranks and
+        of the bfloat16 rows that went back.
+    """
+    mine = torch.zeros(place.ranks, 1, dtype=torch.int64)
+    mine[place.rank] += 1
+    if place.rank:
+        mine[place.rank - 1] -= 1
+    every = torch.zeros_like(mine)
+    every[-1] = 1
+    payload = token_bytes(place.hidden_size, place.scale_columns, place.top_k)
+    return (every - mine) * torch.tensor([payload, 2 * place.hidden_size])
 
 
 def _import_deepep(place: Place) -> Any:

@@ -29,6 +29,7 @@ class _Handle(NamedTuple):
     home_counts: list[int]  # rows each rank owes me
     tokens: int
     slots: int
+    dispatch_bytes: int  # that came from other ranks
 
 
 class GlooExchange:
@@ -40,6 +41,7 @@ class GlooExchange:
     def __init__(self, place: Place) -> None:
         join(place)
         rank, ranks, num_experts = place.rank, place.ranks, place.num_experts
+        self._rank = rank
         self._ranks = ranks
         self._num_experts = num_experts
         self._local_experts = len(expert_range(rank, ranks, num_experts))
@@ -80,6 +82,7 @@ class GlooExchange:
             home_counts=_sum_blocks(there.sum(1), outgoing),
             tokens=len(topk_ids),
             slots=slots,
+            dispatch_bytes=(len(received) - int(incoming[self._rank])) * packed.shape[1],
         )
         rows = Quantized(take_bytes(values, copy), scales[copy])
         hint = expected_rows(self._ranks, len(topk_ids), slots, self._num_experts)
@@ -93,6 +96,11 @@ class GlooExchange:
         contributions = torch.zeros(handle.tokens * handle.slots, rows.shape[1])
         contributions[handle.home_slots] = returned
         return add_slots(contributions.view(handle.tokens, handle.slots, rows.shape[1]))
+
+    def count_bytes(self, rows: Tensor, handle: _Handle, out: Tensor) -> None:
+        """A token came once, and a row goes back for each of its slots. See `Exchange.count_bytes`."""
+        returned = sum(handle.return_counts) - handle.return_counts[self._rank]
+        out[0], out[1] = handle.dispatch_bytes, returned * rows.shape[1] * rows.element_size()
 
     def close(self) -> None:
         """Leave the process group."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from moe_forward.exchange.base import Place
+from moe_forward.exchange.base import Meeting, Place
 from moe_forward.exchange.deadline import deadline
 
 MEET_SECONDS = 3600.0
@@ -23,7 +24,7 @@ def join(place: Place) -> None:
     The ranks meet before they connect: connecting has the timeout of a collective, and loading takes longer.
     """
     timeout = timedelta(seconds=place.timeout_seconds)
-    store, _, _ = next(rendezvous(f"file://{place.rendezvous}", place.rank, place.ranks))
+    store = _open_store(place)
     store.set(f"here/{place.rank}", "")
     store.wait([f"here/{rank}" for rank in range(place.ranks)], timedelta(seconds=MEET_SECONDS))
     store.set_timeout(timeout)
@@ -36,6 +37,21 @@ def join(place: Place) -> None:
         timeout=timeout,
         # With it NCCL connects now, not in the first collective, and other libraries can use its communicator.
         device_id=place.device if on_gpu else None,
+    )
+
+
+def _open_store(place: Place) -> Any:
+    if not isinstance(place.rendezvous, Meeting):
+        store, _, _ = next(rendezvous(f"file://{place.rendezvous}", place.rank, place.ranks))
+        return store
+    meeting = place.rendezvous
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        meeting.host,
+        meeting.port,
+        is_master=place.rank == 0,
+        timeout=timedelta(seconds=MEET_SECONDS),
+        wait_for_workers=False,
+        master_listen_fd=meeting.listener if place.rank == 0 else None,
     )
 
 

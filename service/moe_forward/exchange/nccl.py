@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_forward.exchange import gpu_checks
-from moe_forward.exchange.base import Dispatched, Place, expected_rows
+from moe_forward.exchange.base import Dispatched, Place, expected_rows, token_bytes
 from moe_forward.exchange.group import join, leave
 from moe_forward.exchange.rows import add_slots, expert_order, local_ids, take_bytes
 from moe_forward.types import expert_range
@@ -49,6 +49,7 @@ class NcclExchange:
         self._ranks = place.ranks
         self._num_experts = place.num_experts
         self._mine = expert_range(place.rank, place.ranks, place.num_experts)
+        self._token_bytes = token_bytes(place.hidden_size, place.scale_columns, place.top_k)
 
     def dispatch(self, tokens: Quantized, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
         """Send every token to every rank, and keep the rows of this rank's experts. See `Exchange.dispatch`."""
@@ -72,6 +73,12 @@ class NcclExchange:
             dist.all_to_all_single(arrived.view(torch.uint8), sums.view(torch.uint8))
         by_rank = arrived.view(self._ranks, -1, arrived.shape[1])
         return add_slots(by_rank.transpose(0, 1))
+
+    def count_bytes(self, rows: Tensor, handle: _Handle, out: Tensor) -> None:
+        """Every token of every rank comes, padding too, and a sum goes back. See `Exchange.count_bytes`."""
+        others = len(handle.positions) // self._ranks * (self._ranks - 1)
+        out[0].fill_(others * self._token_bytes)  # known on the host, but a graph cannot copy from there
+        out[1].fill_(others * rows.shape[1] * rows.element_size())
 
     def close(self) -> None:
         """Leave the process group."""

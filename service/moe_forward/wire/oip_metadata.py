@@ -18,8 +18,8 @@ def server_metadata(version: str) -> dict[str, object]:
 def model_metadata(spec: ModelSpec) -> dict[str, object]:
     """Answer of `GET /v2/models/{model}`: every tensor a request may hold, -1 where a size is free.
 
-    The protocol's metadata knows one datatype for a tensor and no optional ones; what else is accepted stands in the
-    interface's description.
+    The protocol's metadata knows one datatype for a tensor and no optional ones: a parameter says which are, and what
+    else is accepted stands in the interface's description.
     """
     return {
         "name": spec.name,
@@ -27,10 +27,10 @@ def model_metadata(spec: ModelSpec) -> dict[str, object]:
         "platform": PLATFORM,
         "inputs": [
             _tensor("hidden_states", "BF16", spec.hidden_size),
-            _tensor("hidden_scales", "FP32", -1),
-            _tensor("topk_ids", "INT64", spec.top_k),
-            _tensor("topk_weights", "FP32", spec.top_k),
-            _tensor("router_logits", "FP32", spec.num_experts),
+            _optional("hidden_scales", "FP32", -1),
+            _optional("topk_ids", "INT64", spec.top_k),
+            _optional("topk_weights", "FP32", spec.top_k),
+            _optional("router_logits", "FP32", spec.num_experts),
         ],
         "outputs": [_tensor("output", "BF16", spec.hidden_size)],
     }
@@ -51,3 +51,7 @@ def check_model(model: object, version: object, spec: ModelSpec) -> None:
 
 def _tensor(name: str, datatype: str, columns: int) -> dict[str, object]:
     return {"name": name, "datatype": datatype, "shape": [-1, columns]}
+
+
+def _optional(name: str, datatype: str, columns: int) -> dict[str, object]:
+    return {**_tensor(name, datatype, columns), "parameters": {"optional": True}}

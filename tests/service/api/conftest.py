@@ -106,10 +106,10 @@ class FakeLink:
 class Front:
     """One application with everything around it. metric: value of a series, 0 where it has none."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, model_name: str = "tiny", **settings: Any) -> None:
         self.config = Config(**{"slab_bytes": 4 << 20, **settings})
         gate = GateSpec("deepseek_v3", num_groups=2, top_groups=1)
-        self.spec = ModelSpec("tiny", HIDDEN, 128, 16, 4, 128, (1, 2, 3), 128, gate)
+        self.spec = ModelSpec(model_name, HIDDEN, 128, 16, 4, 128, (1, 2, 3), 128, gate)
         self.link = FakeLink(self.config.slab_bytes)
         self.registry = CollectorRegistry()
         self.app: FastAPI = create_app(self.config, self.spec, self.link, Metrics(self.registry), TOKEN)

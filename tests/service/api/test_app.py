@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -15,6 +16,15 @@ async def test_metadata_of_server_and_model(client: httpx.AsyncClient) -> None:
         model = (await client.get(path)).json()
         assert model["name"] == "tiny"
         assert {item["name"] for item in model["inputs"]} >= {"hidden_states", "topk_ids", "router_logits"}
+        required = {item["name"] for item in model["inputs"] if not item.get("parameters", {}).get("optional")}
+        assert required == {"hidden_states"}
+
+
+@pytest.mark.parametrize("name", ["a model", "a%2Fb", "modèle:1"])
+async def test_any_name_that_the_configuration_takes_can_be_called(make_front: Any, name: str) -> None:
+    front = make_front(model_name=name)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(front.app), base_url="http://front") as client:
+        assert (await client.get(f"/v2/models/{quote(name, safe='')}")).json()["name"] == name
 
 
 @pytest.mark.parametrize(
@@ -60,6 +70,8 @@ async def test_placement_has_the_documented_shape(client: httpx.AsyncClient) -> 
         "hidden_size": 256,
         "num_experts": 16,
         "top_k": 4,
+        "shared_experts": True,
+        "gate": "deepseek_v3",
         "layers": [1, 2, 3],
         "generation": 3,
     }

@@ -32,6 +32,9 @@ def run_case(group: exchange.Exchange, rank: int, case: dict[str, Any]) -> dict[
     received = group.dispatch(tokens, case["ids"][mine], case["weights"][mine])
     live = int(received.offsets[-1])
     rows = expert_rows(received, expert_range(rank, case["ranks"], case["num_experts"]).start, case["dtype"])
+    combined = group.combine(rows, received.handle)
+    moved = torch.full((2,), -1)
+    group.count_bytes(rows, received.handle, moved)
     return {
         "values": received.rows.values.view(torch.uint8)[:live].clone(),
         "scales": received.rows.scales[:live].clone(),
@@ -39,7 +42,8 @@ def run_case(group: exchange.Exchange, rank: int, case: dict[str, Any]) -> dict[
         "weights": received.weights[:live].clone(),
         "capacity": len(received.weights),
         "expected_rows": received.expected_rows,
-        "combined": group.combine(rows, received.handle),
+        "combined": combined,
+        "moved_bytes": moved.tolist(),
     }
 
 

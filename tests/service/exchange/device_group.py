@@ -141,10 +141,16 @@ def payload(member: Member) -> dict[str, Any]:
         for call, original in inner.items():
             setattr(dist, call, original)
     found: dict[str, Any] = {"case": "payload", "tokens": count, "columns": columns, "sent_bytes": sent}
+    moved = torch.full((2,), -1, device=member.device)
+    member.group.count_bytes(
+        received.weights.new_empty(0, member.shape.hidden, dtype=member.dtype), received.handle, moved
+    )
+    found["moved_bytes"] = moved.tolist()
     if member.name == "deepep":
         here = ((whole.ids >= member.mine.start) & (whole.ids < member.mine.stop)).any(1)
         arrived = received.handle.dispatched.psum_num_recv_tokens_per_scaleup_rank[-1]
-        found |= {"arrived": int(arrived), "wanted_here": int(here.sum())}
+        own = here[member.rank * count : (member.rank + 1) * count]
+        found |= {"arrived": int(arrived), "wanted_here": int(here.sum()), "own": int(own.sum())}
     return found
 
 

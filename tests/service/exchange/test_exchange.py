@@ -173,6 +173,26 @@ def test_combine_gives_the_bits_of_the_sum_by_hand(
         assert torch.equal(torch.cat(parts), combined_by_hand(CASES[index]))
 
 
+@every_group
+def test_payload_is_counted_where_it_comes_from_another_rank_and_goes_back_there(
+    got: list[dict[Any, Any]], ranks: int
+) -> None:
+    for index in numbers_where(ranks=ranks):
+        case = CASES[index]
+        homes = torch.repeat_interleave(torch.arange(ranks), torch.tensor(case["counts"]))
+        for rank in range(ranks):
+            mine = expert_range(rank, ranks, case["num_experts"])
+            here = (case["ids"] >= mine.start) & (case["ids"] < mine.stop) & (homes != rank)[:, None]
+            if case["exchange"] == "gloo":  # a token once, a row for each of its slots back
+                columns, copies, returned = case["scales"].shape[1], int(here.any(1).sum()), int(here.sum())
+            else:  # every token, and one row back; the group was made for one granularity
+                columns = CASES[0]["scales"].shape[1]
+                copies = returned = (ranks - 1) * case["counts"][0]
+            wanted = [copies * (HIDDEN + 4 * columns + 8 * TOP_K), returned * HIDDEN * case["dtype"].itemsize]
+            assert got[rank][index]["moved_bytes"] == wanted
+            assert ranks > 1 or wanted == [0, 0]
+
+
 def test_the_sum_over_ranks_is_near_the_sum_over_slots() -> None:
     """The order differs, and with bfloat16 rows each rank's part is rounded once: half of 2^-8 of it."""
     for index in numbers_where(exchange="nccl", name="even", ranks=4):

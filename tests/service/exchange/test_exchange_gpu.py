@@ -131,9 +131,13 @@ def test_a_token_travels_once_to_each_rank(run: tuple[str, str, Found]) -> None:
     name, kind, found = run
     hidden, top_k = (7168, 8) if kind == "cuda" else (256, 3)
     for _, case in cases(found, case="payload"):
+        row_bytes = hidden + 4 * case["columns"] + top_k * (4 + 4)
         if name == "deepep":
             assert case["arrived"] == case["wanted_here"]
+            others = case["arrived"] - case["own"]
+            assert case["moved_bytes"] == [others * row_bytes, others * hidden * 2]
         else:
-            row_bytes = hidden + 4 * case["columns"] + top_k * (4 + 4)
+            others = (len(found) - 1) * case["tokens"]
+            assert case["moved_bytes"] == [others * row_bytes, others * hidden * 2]
             assert case["sent_bytes"]["all_gather_into_tensor"] == case["tokens"] * row_bytes
             assert case["sent_bytes"]["all_to_all_single"] == len(found) * case["tokens"] * hidden * 2

@@ -23,6 +23,7 @@ CONFIG: dict[str, Any] = {
     "max_body_bytes": SLAB_BYTES,
     "max_wait_us": 20_000,  # long enough for requests sent together to meet in one step
     "default_timeout_seconds": 120.0,
+    "expert_metrics": True,
 }
 
 

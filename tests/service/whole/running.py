@@ -36,6 +36,7 @@ class Service:
 
     model: checkpoint folder, or synthetic:NAME. ranks: how many; None: the service's own choice.
     config: further keys of the configuration document. start_seconds: until it must be ready.
+    environment: further variables. runner: a command line that runs the one behind it.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Service:
         ranks: int | None = 2,
         config: Mapping[str, Any] | None = None,
         start_seconds: float = START_SECONDS,
+        environment: Mapping[str, str] | None = None,
+        runner: Sequence[str] = (),
     ) -> None:
         self._start_seconds = start_seconds
         # A short folder: AF_UNIX paths, Ray's too, have room for 107 bytes.
@@ -52,20 +55,21 @@ class Service:
         document = {"model": str(model), "ranks": ranks, "port": 0, "metrics_port": 0, **(config or {})}
         (self.folder / "config.json").write_text(json.dumps(document))
         # Freed buffers of a step go back at once instead of to the allocator's lists: what stays is a leak.
-        environment = {
+        variables = {
             **os.environ,
+            **(environment or {}),
             "TMPDIR": str(self.folder),
             "MALLOC_MMAP_THRESHOLD_": "131072",
             MARK: self.mark,
         }
-        environment.pop("RAY_TMPDIR", None)
+        variables.pop("RAY_TMPDIR", None)
         with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
             self.process = subprocess.Popen(
-                command("serve", "--config", str(self.folder / "config.json")),
+                [*runner, *command("serve", "--config", str(self.folder / "config.json"))],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=environment,
+                env=variables,
                 start_new_session=True,
             )
         self.url = ""

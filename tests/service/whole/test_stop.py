@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,13 @@ def in_flight(service: Service) -> float:
     return 0.0
 
 
-async def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(
+def terminate_every_process(service: Service) -> None:
+    """Send SIGTERM to the service and everything it started, as systemd does it."""
+    for pid in service.pids():
+        os.kill(pid, signal.SIGTERM)
+
+
+async def test_sigterm_to_every_process_answers_what_is_in_flight_and_leaves_nothing(
     start: Callable[..., Any], tiny: Path, local: Local
 ) -> None:
     shared_memory = set(Path("/dev/shm").iterdir())
@@ -49,7 +56,7 @@ async def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(
                 tasks.append(asyncio.create_task(request))
             while in_flight(service) < len(tasks) and not any(task.done() for task in tasks):
                 await asyncio.sleep(POLL_SECONDS)
-            service.process.send_signal(signal.SIGTERM)
+            terminate_every_process(service)
             assert not all(task.done() for task in tasks), "nothing was in flight any more when SIGTERM was sent"
             replies = await asyncio.gather(*tasks)
         outputs = [read_output(reply) for reply in replies]

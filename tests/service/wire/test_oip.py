@@ -156,6 +156,7 @@ def test_another_model_or_version_is_not_found(model, version, words, limits, de
 
 
 def test_metadata_names_extensions_and_tensors(limits):
+    optional = {"parameters": {"optional": True}}
     assert encoding.server_metadata("0.1.0") == {
         "name": "moe-forward",
         "version": "0.1.0",
@@ -167,10 +168,10 @@ def test_metadata_names_extensions_and_tensors(limits):
         "platform": "moe_forward",
         "inputs": [
             {"name": "hidden_states", "datatype": "BF16", "shape": [-1, 256]},
-            {"name": "hidden_scales", "datatype": "FP32", "shape": [-1, -1]},
-            {"name": "topk_ids", "datatype": "INT64", "shape": [-1, 2]},
-            {"name": "topk_weights", "datatype": "FP32", "shape": [-1, 2]},
-            {"name": "router_logits", "datatype": "FP32", "shape": [-1, 8]},
+            {"name": "hidden_scales", "datatype": "FP32", "shape": [-1, -1], **optional},
+            {"name": "topk_ids", "datatype": "INT64", "shape": [-1, 2], **optional},
+            {"name": "topk_weights", "datatype": "FP32", "shape": [-1, 2], **optional},
+            {"name": "router_logits", "datatype": "FP32", "shape": [-1, 8], **optional},
         ],
         "outputs": [{"name": "output", "datatype": "BF16", "shape": [-1, 256]}],
     }

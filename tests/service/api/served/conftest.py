@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,21 +11,30 @@ from typing import Any
 import pytest
 import uvicorn
 
+from moe_forward.api import server_settings
+
 
 class Served:
     """A real uvicorn on a free port of 127.0.0.1, in a thread of its own."""
 
-    def __init__(self, front: Any, wait: Callable[..., None], send_buffer_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        front: Any,
+        wait: Callable[..., None],
+        send_buffer_bytes: int | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.front = front
         self._socket = socket.socket()
         if send_buffer_bytes is not None:  # accepted connections inherit it
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
         self._socket.bind(("127.0.0.1", 0))
-        self._socket.listen(64)
+        self._socket.listen(1024)
         self.address = self._socket.getsockname()
-        self.url = f"http://127.0.0.1:{self.address[1]}"
-        config = uvicorn.Config(front.app, loop="uvloop", http="httptools", log_config=None, access_log=False)
-        self._server = uvicorn.Server(config)
+        self.url = f"http{'' if tls is None else 's'}://127.0.0.1:{self.address[1]}"
+        settings = server_settings(front.app, front.config, tls)
+        settings.loop = "uvloop"
+        self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._thread.start()
         wait(lambda: self._server.started)
@@ -48,8 +58,8 @@ class Served:
 def serve(kit: Any) -> Iterator[Callable[..., Served]]:
     running: list[Served] = []
 
-    def start(front: Any, send_buffer_bytes: int | None = None) -> Served:
-        running.append(Served(front, kit.wait, send_buffer_bytes))
+    def start(front: Any, send_buffer_bytes: int | None = None, tls: ssl.SSLContext | None = None) -> Served:
+        running.append(Served(front, kit.wait, send_buffer_bytes, tls))
         return running[-1]
 
     yield start

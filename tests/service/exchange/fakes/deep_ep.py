@@ -71,8 +71,7 @@ class ElasticBuffer:
         received_scales[: len(mine)] = all_scales[tokens]
         received_weights[: len(mine)] = weights.flatten()[mine]
         ends = torch.cumsum(torch.bincount(local[mine], minlength=block), 0).int()
-        distinct = torch.zeros(self.ranks, dtype=torch.int32)
-        distinct[-1] = len(tokens.unique())
+        distinct = torch.cumsum(torch.bincount(tokens.unique() // max(count, 1), minlength=self.ranks), 0).int()
         handle = SimpleNamespace(
             psum_num_recv_tokens_per_expert=ends,
             psum_num_recv_tokens_per_scaleup_rank=distinct,

@@ -1,0 +1,125 @@
+"""The door for ranks of other hosts: on the engine's host, it takes their place before the engine.
+
+To the engine each of them is one more connection to its socket, with the same messages as a rank of its own host. The
+gateway reads the rows of a step out of the front ends' slabs, sends them behind the message, and writes the outputs
+that come back into the slabs before it passes the result on: the engine still touches no tensor bytes. A rank that is
+gone, or whose host is silent, is a closed connection to the engine. `moe_forward.remote_channel` is the other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+from pathlib import Path
+
+from moe_forward.channel import BlockingChannel, connect
+from moe_forward.errors import ChannelClosed
+from moe_forward.frames import FramedSocket, views
+from moe_forward.handshake import Address, welcome
+from moe_forward.messages import AttachSlab, DetachSlab, RankHello
+from moe_forward.segments import input_windows, output_windows
+from moe_forward.slab import map_slab
+from moe_forward.types import Step, StepResult
+
+log = logging.getLogger(__name__)
+
+MAX_STRANGERS = 64
+"""Connections that have not proved yet who they are; more are hung up on at once."""
+
+
+class Gateway:
+    """Lets ranks of other hosts in. address: its own. socket_path: where the engine listens. ranks: of the group."""
+
+    def __init__(self, address: Address, socket_path: Path, ranks: int) -> None:
+        self._address = address
+        self._socket_path = socket_path
+        self._ranks = ranks
+        self._strangers = threading.Semaphore(MAX_STRANGERS)
+
+    def serve(self, listener: socket.socket) -> None:
+        """Take connections until the process is killed or `listener` is shut down, a thread for each."""
+        while True:
+            try:
+                sock, (host, *_) = listener.accept()
+            except OSError as error:
+                log.info("the gateway ends: %s", error)
+                return
+            if self._strangers.acquire(blocking=False):
+                threading.Thread(target=self._let_in, args=(sock, host), name=f"rank at {host}", daemon=True).start()
+            else:
+                log.warning("refused a connection from %s: %d others are not known yet", host, MAX_STRANGERS)
+                sock.close()
+
+    def _let_in(self, sock: socket.socket, host: str) -> None:
+        with contextlib.ExitStack() as open_ends:
+            open_ends.callback(sock.close)
+            try:
+                try:
+                    welcome(sock, self._address)
+                finally:
+                    self._strangers.release()
+                peer = FramedSocket(sock)
+                hello = peer.receive()
+                if not isinstance(hello, RankHello) or not 0 <= hello.info.rank < self._ranks:
+                    raise ChannelClosed("it is no rank of this group")
+                engine = BlockingChannel(connect(self._socket_path))
+                open_ends.callback(engine.close)
+                engine.send(hello)
+                _Bridge(peer, engine, hello.info.rank, self._ranks).run()
+            except (ChannelClosed, OSError) as error:
+                log.warning("hung up on %s: %s", host, error)
+
+
+class _Bridge:
+    """Between one rank and the engine. peer: the rank's end, engine: the engine's."""
+
+    def __init__(self, peer: FramedSocket, engine: BlockingChannel, rank: int, ranks: int) -> None:
+        self._peer = peer
+        self._engine = engine
+        self._rank = rank
+        self._ranks = ranks
+        self._slabs: dict[int, memoryview] = {}
+        self._step: Step | None = None
+        self._outputs: list[memoryview] = []
+
+    def run(self) -> None:
+        """Pass everything on until one of them is gone: raises ChannelClosed."""
+        poller = select.poll()
+        poller.register(self._peer, select.POLLIN)
+        poller.register(self._engine, select.POLLIN)
+        while True:
+            for fd, _ in poller.poll():
+                if fd == self._engine.fileno():
+                    self._to_rank()
+                else:
+                    self._to_engine()
+
+    def _to_rank(self) -> None:
+        message, fds = self._engine.receive()
+        rows: list[memoryview] = []
+        if isinstance(message, AttachSlab):
+            (fd,) = fds
+            self._slabs[message.front] = memoryview(map_slab(fd, message.slab_bytes))
+            os.close(fd)
+        elif isinstance(message, DetachSlab):
+            self._slabs.pop(message.front, None)  # outputs of the step under way keep their memory
+        elif isinstance(message, Step):
+            self._step = message
+            self._outputs = views(self._slabs, output_windows(message, self._rank, self._ranks))
+            rows = views(self._slabs, input_windows(message, self._rank, self._ranks))
+        self._peer.send(message, rows)
+
+    def _to_engine(self) -> None:
+        message = self._peer.receive()
+        if not isinstance(message, StepResult) or message.rank != self._rank or self._step is None:
+            raise ChannelClosed(f"rank {self._rank} sent a {type(message).__name__}, expected the result of a step")
+        if message.step != self._step.step:
+            raise ChannelClosed(f"rank {self._rank} sent the result of step {message.step}, not {self._step.step}")
+        self._step = None
+        if not message.error:
+            self._peer.receive_rows(self._outputs)
+        self._engine.send(message)
