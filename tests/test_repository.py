@@ -122,7 +122,7 @@ def test_the_example_configuration_has_every_key_with_its_default() -> None:
 
 
 def test_prometheus_scrapes_the_metrics_port() -> None:
-    document = yaml.safe_load((ROOT / "deploy/prometheus.yml").read_text())
+    document = yaml.safe_load((ROOT / "deploy/observability/prometheus.yml").read_text())
     (job,) = document["scrape_configs"]
     (static,) = job["static_configs"]
     assert static["targets"] == [f"moe-forward:{Config().metrics_port}"]
