@@ -45,7 +45,7 @@ serve: $(RUNTIME) ## install, then serve a small model (or what ARGS say)
 	@exec $(BIN)/moe-forward serve $(ARGS)
 
 test: $(DEV) ## install, then run the tests
-	@$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 check: $(DEV) ## lint, formatting, types and import direction
 	$(BIN)/ruff check .
