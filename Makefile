@@ -36,7 +36,7 @@ PYTHON_WORKS := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version
 PYTHON ?= $(shell for python in $(PYTHON_CANDIDATES); do \
 	if $$python -c '$(PYTHON_WORKS)' >/dev/null 2>&1; then echo $$python; break; fi; done)
 
-.PHONY: help serve test check format bench observe dashboard kernel schema chart chart-audit fuzz audit sbom clean
+.PHONY: help serve install test check format bench observe dashboard kernel schema chart chart-audit fuzz audit sbom clean
 
 help: ## list what can be made
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -46,6 +46,8 @@ serve: $(RUNTIME) ## install, then serve a small model (or what ARGS say)
 
 test: $(DEV) ## install, then run the tests
 	@$(BIN)/pytest --numprocesses 3 --dist loadfile $(ARGS)
+
+install: $(DEV) ## install what tests and checks need
 
 check: $(DEV) ## lint, formatting, types and import direction
 	$(BIN)/ruff check .
