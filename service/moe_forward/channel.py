@@ -1,7 +1,8 @@
 """Signals between front ends, engine and ranks: one datagram a message over AF_UNIX SOCK_SEQPACKET.
 
 SEQPACKET keeps message boundaries, carries a slab's descriptor (SCM_RIGHTS) and tells within milliseconds when the
-process at the other end is gone. Bytes of tensors never travel here. `moe_forward.messages` says what a datagram holds.
+process at the other end is gone. Bytes of tensors never travel here; `moe_forward.datagrams` says what a datagram
+holds.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from moe_forward.datagrams import pack, read
 from moe_forward.errors import ChannelClosed
-from moe_forward.messages import Message, pack, read
+from moe_forward.messages import Message
 
 log = logging.getLogger(__name__)
 

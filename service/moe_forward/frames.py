@@ -11,8 +11,9 @@ import socket
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 
+from moe_forward.datagrams import pack, read
 from moe_forward.errors import ChannelClosed
-from moe_forward.messages import Message, pack, read
+from moe_forward.messages import Message
 from moe_forward.segments import Window
 
 MAX_FRAME_BYTES = 192 * 1024

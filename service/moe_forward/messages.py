@@ -1,33 +1,19 @@
-"""What a datagram between processes holds, and how it becomes bytes.
-
-The messages of every request and step are packed structs; the rare ones (hello, status, slabs) are JSON. The first
-byte says which. Nothing is ever unpickled.
-"""
+"""What processes tell each other, beside the nouns of `types` that travel too."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from moe_forward.errors import ChannelClosed
 from moe_forward.types import (
-    PHASES,
-    DType,
     EngineStatus,
     ForwardRequest,
     ForwardResult,
     QueueReport,
     RankInfo,
-    Routing,
     Step,
     StepReport,
     StepResult,
-    TensorRef,
 )
 
 
@@ -111,193 +97,3 @@ Message: TypeAlias = (
     | AttachSlab
     | DetachSlab
 )
-
-_REF = struct.Struct("<QBI")
-_NO_REF = _REF.pack(0, 255, 0)
-_REQUEST = struct.Struct("<IQiIdBB")
-_REQUEST_BYTES = _REQUEST.size + 5 * _REF.size
-_RESULT = struct.Struct("<IQidddII?qI")
-_STEP = struct.Struct("<QIi")
-_STEP_RESULT = struct.Struct(f"<QII?{len(PHASES)}dQQQQII")
-_UNTIMED = (0.0,) * len(PHASES)
-_REPORT = struct.Struct("<iIIII")
-_COUNT = struct.Struct("<I")
-
-
-def _pack_ref(ref: TensorRef | None) -> bytes:
-    return _NO_REF if ref is None else _REF.pack(ref.offset, ref.dtype, ref.columns)
-
-
-def _unpack_ref(data: memoryview, at: int) -> TensorRef | None:
-    offset, dtype, columns = _REF.unpack_from(data, at)
-    return None if dtype == 255 else TensorRef(offset, DType(dtype), columns)
-
-
-def _pack_request(m: ForwardRequest) -> bytes:
-    head = _REQUEST.pack(m.front, m.request, m.layer, m.tokens, m.deadline_seconds, m.shared_experts, m.routing)
-    return head + b"".join(_pack_ref(ref) for ref in (m.hidden, m.hidden_scales, m.chosen, m.weights, m.output))
-
-
-def _unpack_request(data: memoryview, at: int = 0) -> ForwardRequest:
-    front, request, layer, tokens, deadline, shared, routing = _REQUEST.unpack_from(data, at)
-    refs = [_unpack_ref(data, at + _REQUEST.size + index * _REF.size) for index in range(5)]
-    hidden, scales, chosen, weights, output = refs
-    if hidden is None or output is None:
-        raise ValueError("a request names neither its input nor its output")
-    return ForwardRequest(
-        front, request, layer, tokens, deadline, bool(shared), hidden, scales, Routing(routing), chosen, weights, output
-    )
-
-
-def _pack_result(m: ForwardResult) -> bytes:
-    code = -1 if m.code is None else m.code
-    retry = math.nan if m.retry_after_seconds is None else m.retry_after_seconds
-    sizes = (m.queue_seconds, m.step_seconds, m.batch_tokens, m.batch_requests, m.held)
-    step = -1 if m.step is None else m.step
-    return _RESULT.pack(m.front, m.request, code, retry, *sizes, step, m.generation) + m.message.encode()
-
-
-def _unpack_result(data: memoryview) -> ForwardResult:
-    front, request, code, retry, queue, seconds, tokens, requests, held, step, generation = _RESULT.unpack_from(data)
-    return ForwardResult(
-        front,
-        request,
-        None if code < 0 else code,
-        bytes(data[_RESULT.size :]).decode(),
-        None if math.isnan(retry) else retry,
-        queue,
-        seconds,
-        tokens,
-        requests,
-        held,
-        None if step < 0 else step,
-        generation,
-    )
-
-
-def _pack_step(m: Step) -> bytes:
-    return _STEP.pack(m.step, m.generation, m.layer) + b"".join(_pack_request(request) for request in m.requests)
-
-
-def _unpack_step(data: memoryview) -> Step:
-    step, generation, layer = _STEP.unpack_from(data)
-    starts = range(_STEP.size, len(data), _REQUEST_BYTES)
-    return Step(step, generation, layer, tuple(_unpack_request(data, at) for at in starts))
-
-
-def _pack_step_result(m: StepResult) -> bytes:
-    counts = (m.routed_rows, m.requantized_tokens, m.dispatch_bytes, m.combine_bytes)
-    sizes = (len(m.non_finite), len(m.expert_rows))
-    timed = bool(m.phase_seconds)
-    head = _STEP_RESULT.pack(m.step, m.generation, m.rank, timed, *(m.phase_seconds or _UNTIMED), *counts, *sizes)
-    return head + struct.pack(f"<{sum(sizes)}I", *m.non_finite, *m.expert_rows) + m.error.encode()
-
-
-def _unpack_step_result(data: memoryview) -> StepResult:
-    step, generation, rank, timed, *rest = _STEP_RESULT.unpack_from(data)
-    *phases, routed, requantized, dispatched, combined, count, experts = rest
-    numbers = struct.unpack_from(f"<{count + experts}I", data, _STEP_RESULT.size)
-    error = bytes(data[_STEP_RESULT.size + 4 * len(numbers) :]).decode()
-    return StepResult(
-        step,
-        generation,
-        rank,
-        tuple(phases) if timed else (),
-        routed,
-        requantized,
-        numbers[:count],
-        error,
-        dispatched,
-        combined,
-        numbers[count:],
-    )
-
-
-def _pack_report(m: StepReport) -> bytes:
-    parts = [_REPORT.pack(m.layer, m.tokens, m.requests, m.queue_requests, m.queue_tokens)]
-    for result in m.results:
-        packed = _pack_step_result(result)
-        parts += [_COUNT.pack(len(packed)), packed]
-    return b"".join(parts)
-
-
-def _unpack_report(data: memoryview) -> StepReport:
-    results, at = [], _REPORT.size
-    while at < len(data):
-        (size,) = _COUNT.unpack_from(data, at)
-        results.append(_unpack_step_result(data[at + 4 : at + 4 + size]))
-        at += 4 + size
-    layer, tokens, requests, queue_requests, queue_tokens = _REPORT.unpack_from(data)
-    return StepReport(layer, tokens, requests, queue_requests, queue_tokens, tuple(results))
-
-
-def _pack_json(message: Any) -> bytes:
-    return json.dumps(dataclasses.asdict(message), separators=(",", ":")).encode()
-
-
-def _rank_info(fields: dict[str, Any]) -> RankInfo:
-    return RankInfo(**{**fields, "experts": tuple(fields["experts"])})
-
-
-def _unpack_status(data: memoryview) -> EngineStatus:
-    fields = json.loads(bytes(data))
-    return EngineStatus(**{**fields, "ranks": tuple(_rank_info(rank) for rank in fields["ranks"])})
-
-
-def _unpack_rank_hello(data: memoryview) -> RankHello:
-    fields = json.loads(bytes(data))
-    return RankHello(**{**fields, "info": _rank_info(fields["info"])})
-
-
-def _unpack_released(data: memoryview) -> Released:
-    return Released(tuple(json.loads(bytes(data))["requests"]))
-
-
-def _from_json(kind: type[Any]) -> Callable[[memoryview], Any]:
-    return lambda data: kind(**json.loads(bytes(data)))
-
-
-_CODECS: dict[type[Any], tuple[int, Callable[[Any], bytes], Callable[[memoryview], Any]]] = {
-    ForwardRequest: (1, _pack_request, _unpack_request),
-    ForwardResult: (2, _pack_result, _unpack_result),
-    Step: (3, _pack_step, _unpack_step),
-    StepResult: (4, _pack_step_result, _unpack_step_result),
-    StepReport: (5, _pack_report, _unpack_report),
-    EngineStatus: (6, _pack_json, _unpack_status),
-    FrontHello: (7, _pack_json, _from_json(FrontHello)),
-    FrontWelcome: (8, _pack_json, _from_json(FrontWelcome)),
-    Cancel: (9, _pack_json, _from_json(Cancel)),
-    Released: (10, _pack_json, _unpack_released),
-    Announce: (11, _pack_json, _from_json(Announce)),
-    RankHello: (12, _pack_json, _unpack_rank_hello),
-    AttachSlab: (13, _pack_json, _from_json(AttachSlab)),
-    DetachSlab: (14, _pack_json, _from_json(DetachSlab)),
-    QueueReport: (15, _pack_json, _from_json(QueueReport)),
-}
-_DECODERS = {number: decode for number, _, decode in _CODECS.values()}
-
-
-def pack(message: Message) -> bytes:
-    """Return the datagram for `message`."""
-    number, encode, _ = _CODECS[type(message)]
-    return bytes((number,)) + encode(message)
-
-
-def unpack(data: memoryview) -> Message:
-    """Return the message of a datagram; raises ValueError for a kind this version does not know."""
-    decode = _DECODERS.get(data[0])
-    if decode is None:
-        raise ValueError(f"unknown message kind {data[0]}")
-    message: Message = decode(data[1:])
-    return message
-
-
-def read(data: memoryview) -> Message:
-    """Return the message in what a peer sent; what cannot be read means another program or version.
-
-    Raises: ChannelClosed.
-    """
-    try:
-        return unpack(data)
-    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-        raise ChannelClosed(f"a message could not be read: {error}") from error

@@ -15,7 +15,7 @@ import torch
 from make_rank import CPU, MAX_TOKENS, make_rank
 
 from moe_forward import exchange
-from moe_forward.messages import pack, unpack
+from moe_forward.datagrams import pack, unpack
 from moe_forward.slab_rows import attach
 from moe_forward.types import Step
 

@@ -17,7 +17,7 @@ import torch
 
 from moe_forward import experts
 from moe_forward.checkpoint import LayerWeights
-from moe_forward.messages import pack, unpack
+from moe_forward.datagrams import pack, unpack
 from moe_forward.rank_setup import RankSetup, join_group
 from moe_forward.router import Router
 from moe_forward.slab_rows import attach, detach

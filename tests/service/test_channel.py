@@ -16,8 +16,9 @@ import pytest
 import uvloop
 
 from moe_forward.channel import MAX_MESSAGE_BYTES, AsyncChannel, BlockingChannel, connect, listen, same_user
+from moe_forward.datagrams import pack
 from moe_forward.errors import ChannelClosed
-from moe_forward.messages import AttachSlab, Cancel, DetachSlab, Message, pack
+from moe_forward.messages import AttachSlab, Cancel, DetachSlab, Message
 from moe_forward.slab import Slab
 from moe_forward.types import ForwardResult
 

@@ -14,8 +14,9 @@ import pytest
 
 from moe_forward.batcher import BatchLimits
 from moe_forward.channel import connect
+from moe_forward.datagrams import pack
 from moe_forward.errors import ErrorCode
-from moe_forward.messages import Announce, Cancel, DetachSlab, FrontHello, Message, Released, pack
+from moe_forward.messages import Announce, Cancel, DetachSlab, FrontHello, Message, Released
 from moe_forward.slab import Slab
 from moe_forward.types import PHASES, Step, StepResult
 

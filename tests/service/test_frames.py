@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from moe_forward.datagrams import pack
 from moe_forward.errors import ChannelClosed
 from moe_forward.frames import MAX_FRAME_BYTES, FramedSocket, views
-from moe_forward.messages import Cancel, DetachSlab, Message, StepResult, pack
+from moe_forward.messages import Cancel, DetachSlab, Message, StepResult
 from moe_forward.segments import Window
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from moe_forward import gateway as gateway_module
+from moe_forward.datagrams import pack
 from moe_forward.errors import ChannelClosed, ErrorCode
 from moe_forward.frames import FramedSocket
 from moe_forward.gateway import Gateway
 from moe_forward.handshake import Address, call, listen, new_secret
-from moe_forward.messages import Announce, AttachSlab, Cancel, DetachSlab, RankHello, pack
+from moe_forward.messages import Announce, AttachSlab, Cancel, DetachSlab, RankHello
 from moe_forward.remote_channel import RemoteChannel
 from moe_forward.types import RankInfo, Step, StepResult
 

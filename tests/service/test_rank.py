@@ -15,8 +15,8 @@ import torch
 
 from moe_forward import gates
 from moe_forward.checkpoint import LayerWeights
+from moe_forward.datagrams import pack, unpack
 from moe_forward.exchange.local import LocalExchange
-from moe_forward.messages import pack, unpack
 from moe_forward.rank import Rank
 from moe_forward.types import (
     PHASES,

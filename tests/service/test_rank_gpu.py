@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_forward.datagrams import pack, unpack
 from moe_forward.exchange.deepep_package import missing_deepep
-from moe_forward.messages import pack, unpack
 from moe_forward.rank_setup import RankSetup
 from moe_forward.types import PHASES, DType, Routing, StepResult
 

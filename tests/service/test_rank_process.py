@@ -13,8 +13,9 @@ import torch
 
 from moe_forward.channel import BlockingChannel, listen
 from moe_forward.checkpoint import make_model, read_spec
+from moe_forward.datagrams import pack
 from moe_forward.errors import StartError
-from moe_forward.messages import AttachSlab, Cancel, DetachSlab, RankHello, pack
+from moe_forward.messages import AttachSlab, Cancel, DetachSlab, RankHello
 from moe_forward.rank_process import check_folder, check_memory, run_rank
 from moe_forward.rank_setup import RankSetup
 from moe_forward.slab import Slab

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_forward.channel import MAX_MESSAGE_BYTES
+from moe_forward.datagrams import pack, unpack
 from moe_forward.errors import ErrorCode
 from moe_forward.messages import (
     Announce,
@@ -21,8 +22,6 @@ from moe_forward.messages import (
     Message,
     RankHello,
     Released,
-    pack,
-    unpack,
 )
 from moe_forward.types import (
     PHASES,
