@@ -59,7 +59,7 @@ W4AFP8_INLINE void decode_tile(const GemmParams& p, const DecodeRing<F>& ring, C
                                      [&] { ring.release(stage); });
     }
   }
-  write_tile<kTokens, kEpilogue, !kGroupScale>(p, slot, acc);
+  write_tile<kTokens, !kGroupScale, kEpilogue>(p, slot, acc);
 }
 
 template <class F, bool kGroupScale, Epilogue kEpilogue, int kCtas>
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(384, kCtas) decode_kernel(const GemmParams p, 
   const int warp = uniform((int)threadIdx.x >> 5);
   if (threadIdx.x == 0) ring.init(kGroupScale);
   start_early(p);
-  build_schedule<false>(schedule, p);
+  build_schedule<false, 1, false>(schedule, p);
   if (warp >= 8) {
     cutlass::arch::warpgroup_reg_dealloc<kCtas == 2 ? 32 : 40>();
     produce_all<kGroupScale, false>(warp, p, schedule, ring, maps, kEvictFirst);

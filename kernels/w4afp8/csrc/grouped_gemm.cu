@@ -60,16 +60,13 @@ static int describe(int device, Device* out) {
   return major == 9 && minor == 0 ? W4AFP8_OK : W4AFP8_BAD_ARCH;
 }
 
-static Launch choose(const W4AFP8GroupedGemm& a) {
-  const Epilogue epilogue = a.epilogue == W4AFP8_SWIGLU ? Epilogue::kSwiglu
-                            : a.y_type == W4AFP8_BF16   ? Epilogue::kBf16
-                                                        : Epilogue::kF32;
+static Launch choose(const W4AFP8GroupedGemm& a, const GemmParams& p, int sms) {
   const int expected = (int)std::max<int64_t>(1, std::min<int64_t>(a.expected_rows, a.rows));
   const auto launch = a.weight_type == W4AFP8_FP8 ? fp8_launch
                       : a.group == 32             ? int4_group32_launch
                       : a.full_range              ? int4_full_launch
                                                   : int4_launch;
-  return launch({a.token_group != 0, epilogue, expected, (int)a.experts, (int)((a.k + 127) / 128)});
+  return launch({a.token_group != 0, p.epilogue, expected, p.experts, p.row_tiles, p.groups, sms});
 }
 
 static int run(const W4AFP8GroupedGemm& a) {
@@ -97,7 +94,11 @@ static int run(const W4AFP8GroupedGemm& a) {
   p.max_rows = (int)a.max_rows;
   p.early_start = a.early_start;
 
-  const Launch launch = choose(a);
+  p.epilogue = a.epilogue == W4AFP8_SWIGLU ? Epilogue::kSwiglu
+               : a.y_type == W4AFP8_BF16   ? Epilogue::kBf16
+                                           : Epilogue::kF32;
+
+  const Launch launch = choose(a, p, device.sms);
   p.token_cap = launch.token_cap;
   p.row_strips = (p.row_tiles + launch.cluster - 1) / launch.cluster;
   // 1 KiB of each CTA's shared memory is the system's, 1 KiB aligns the ring.

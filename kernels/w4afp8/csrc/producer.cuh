@@ -19,7 +19,7 @@ W4AFP8_INLINE void produce_weights(const GemmParams& p, const Schedule& s, const
   constexpr int kBytes = R::kDepth * F::kBlockBytes;
   Cursor at;
   at.phase = 1;
-  for (Walk<kTurn, R::kCluster> walk(s, p); walk.next(); __syncwarp()) {
+  for (Walk<kTurn, R::kCluster, R::kChoosesTiles> walk(s, p); walk.next(); __syncwarp()) {
     if ((threadIdx.x & 31) != 0) continue;
     const Tile& tile = walk.tile();
     const uint8_t* block = p.weight + tile.weight_tile(p) * p.groups * F::kBlockBytes;
@@ -37,7 +37,7 @@ template <bool kTurn, class R>
 W4AFP8_INLINE void produce_activations(const GemmParams& p, const Schedule& s, const R& ring, const ActivationMaps& maps) {
   Cursor at;
   at.phase = 1;
-  for (Walk<kTurn, R::kCluster> walk(s, p); walk.next(); __syncwarp()) {
+  for (Walk<kTurn, R::kCluster, R::kChoosesTiles> walk(s, p); walk.next(); __syncwarp()) {
     if ((threadIdx.x & 31) != 0) continue;
     const Tile& tile = walk.tile();
     const int eights = (tile.rows + 7) / 8;
@@ -75,7 +75,7 @@ W4AFP8_INLINE void produce_scales(const GemmParams& p, const Schedule& s, const 
   Cursor at;
   at.phase = 1;
   const int lane = threadIdx.x & 31;
-  for (Walk<kTurn, R::kCluster> walk(s, p); walk.next();) {
+  for (Walk<kTurn, R::kCluster, R::kChoosesTiles> walk(s, p); walk.next();) {
     const Tile& tile = walk.tile();
     for (int group = 0; group < p.groups; group += kDepth) {
       wait(ring.empty(at.stage), at.phase);
@@ -99,7 +99,7 @@ W4AFP8_INLINE void produce_slots(const GemmParams& p, const Schedule& s, const R
   Cursor at;
   at.phase = 1;
   const int lane = threadIdx.x & 31;
-  Walk<kTurn, R::kCluster> walk(s, p);
+  Walk<kTurn, R::kCluster, R::kChoosesTiles> walk(s, p);
   for (bool more = true; more; at.advance(R::kSlots)) {
     more = walk.next();
     const Tile& tile = walk.tile();

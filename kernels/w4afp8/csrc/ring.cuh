@@ -8,10 +8,12 @@ namespace w4afp8 {
 // The ring of stages in shared memory. A stage has kDepth groups of 128 inputs:
 // kDepth tiles of activations | kDepth weight blocks | kDepth rows of token scales.
 // Then the slots of the tiles' ends; the barriers. Offsets are kernel parameters, which cost no registers.
-template <int kDepth_, int kCluster_, class F>
+// kChoosesTiles: the schedule chooses the tokens of a tile by the load.
+template <int kDepth_, int kCluster_, class F, bool kChoosesTiles_ = false>
 struct Ring {
   static constexpr int kDepth = kDepth_;
   static constexpr int kCluster = kCluster_;  // CTAs that share their tokens
+  static constexpr bool kChoosesTiles = kChoosesTiles_;
   static constexpr int kSlots = 4;
   using Format = F;
   uint32_t base;
