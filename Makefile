@@ -36,7 +36,7 @@ PYTHON_WORKS := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version
 PYTHON ?= $(shell for python in $(PYTHON_CANDIDATES); do \
 	if $$python -c '$(PYTHON_WORKS)' >/dev/null 2>&1; then echo $$python; break; fi; done)
 
-.PHONY: help serve install test check format bench observe dashboard kernel schema chart chart-audit fuzz audit sbom clean
+.PHONY: help serve install test check format bench observe dashboard kernel schema chart chart-audit chaos fuzz audit sbom clean
 
 help: ## list what can be made
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -81,6 +81,19 @@ chart-audit: $(CHECKOV)/bin/checkov $(HELM)/helm3 ## look for unsafe settings in
 	@for values in $(AUDITED); do $(HELM)/helm template demo helm/moe-forward -n experts -f deploy/values/$$values.yaml \
 		--set workload.kind=StatefulSet,rayCluster.workers.replicas=0 >$(CHECKOV)/rendered/$$values.yaml; done
 	@$(CHECKOV)/bin/checkov --config-file deploy/checkov.yaml --directory $(CHECKOV)/rendered $(ARGS)
+
+fuzz: $(FUZZ) ## fuzz what reads strangers' bytes, guided by coverage
+	@for target in $(FUZZ_TARGETS); do \
+		$(BIN)/python tests/fuzz/run.py $$target -max_total_time=$(FUZZ_SECONDS) $(ARGS); done
+
+audit: $(RUNTIME) $(AUDIT)/bin/pip-audit ## look what is installed up in the database of known weaknesses
+	@$(AUDIT)/bin/pip-audit --path "$$($(BIN)/python -c '$(SITE_PACKAGES)')" $(ARGS)
+
+sbom: $(RUNTIME) $(AUDIT)/bin/pip-audit ## write what is installed as a CycloneDX document
+	@$(AUDIT)/bin/cyclonedx-py environment $(ARGS) $(BIN)/python
+
+chaos: $(DEV) ## break a small service under load, and account for every request
+	@$(BIN)/python tests/chaos/run.py $(ARGS)
 
 schema: $(RUNTIME) ## write the configuration's schema into the chart
 	$(BIN)/python deploy/embed_schema.py

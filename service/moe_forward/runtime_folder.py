@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -10,8 +13,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from moe_forward.errors import StartError
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "moe-forward-"
+_LOCK = "lock"
+"""Locked while the service lives, however it ends."""
 
 _RAY = {
     "RAY_AUTH_MODE": "token",
@@ -28,6 +38,8 @@ _RAY = {
 def runtime_folder(joins_ray: bool = False, allow_ray_without_token: bool = False) -> Iterator[Path]:
     """Make the folder, remove it in the end, and set how this process uses Ray.
 
+    Folders of services that were killed are removed too: nobody else would, and they hold a token.
+
     joins_ray: Ray runs already, and what its hosts were told about tokens holds here. Else Ray is started in this
         process: it gets a token of its own and stays on loopback.
     allow_ray_without_token: that Ray asks for no token.
@@ -35,7 +47,9 @@ def runtime_folder(joins_ray: bool = False, allow_ray_without_token: bool = Fals
     """
     if "ray" in sys.modules:
         raise StartError("Ray was imported before its token was made: it would run without one")
-    folder = Path(tempfile.mkdtemp(prefix="moe-forward-"))
+    _remove_abandoned(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = _lock(folder)
     try:
         if joins_ray:
             # The mode must be the cluster's: a process that asks for tokens is given up by a Ray that has none.
@@ -49,3 +63,25 @@ def runtime_folder(joins_ray: bool = False, allow_ray_without_token: bool = Fals
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def _lock(folder: Path) -> BinaryIO:
+    """Make a folder's lock; it has its name only once it is held, so that nobody finds it free before."""
+    unnamed = folder / f"{_LOCK}.new"
+    file = unnamed.open("wb")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    unnamed.rename(folder / _LOCK)
+    return file
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove this user's folders whose service is gone without having removed them."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # of another user, being made or removed, or held by a living service
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            with (folder / _LOCK).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+                log.info("removed %s of a service that was killed", folder)
