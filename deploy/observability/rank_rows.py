@@ -136,7 +136,7 @@ def reliability() -> Row:
         (
             Panel(
                 "Service state",
-                "Down while a rank is missing: then every request gets 503.",
+                "Down while a rank is missing: every request gets 503, or a smaller group answers (on_rank_loss).",
                 "none",
                 (Query(f"1 - max by (instance, model) ({gauge('degraded', MODEL)})", "{{instance}} {{model}}"),),
                 "states",
@@ -154,11 +154,28 @@ def reliability() -> Row:
             Panel(
                 "Restarts of ranks",
                 "Times ranks were started again since their service started; they restart as a group. After "
-                "max_rank_restarts the service gives up.",
+                "max_rank_restarts within an hour the service gives up, or goes on with fewer ranks (on_rank_loss).",
                 "none",
                 (
                     Query(f"max by (instance) ({gauge('rank_restarts_total', RANK)})", "{{instance}}"),
                     Query(f"max by (instance) ({gauge('placement_generation', SERVICE)})", "{{instance}} group number"),
+                ),
+            ),
+            Panel(
+                "Routes without an expert",
+                "Routes to experts that no rank holds (on_rank_loss degrade): they added nothing to the replies.",
+                "ops",
+                (Query(rate("dropped_assignments_total", MODEL, "instance, model"), "{{instance}} {{model}}"),),
+            ),
+            Panel(
+                "Changes of which ranks hold which experts",
+                "Since the service started: groups with fewer ranks or experts than before (degraded), with more "
+                "(restored), and attempts that failed.",
+                "none",
+                (
+                    Query(
+                        f"sum by (instance, result) ({gauge('rebalances_total', SERVICE)})", "{{instance}} {{result}}"
+                    ),
                 ),
             ),
             Panel(

@@ -31,11 +31,14 @@ BACKLOG_CONNECTIONS = 1024
 class EngineProcess:
     """What the engine's actor does."""
 
-    def run(self, socket_path: Path, limits: BatchLimits, step_timeout_seconds: float) -> None:
+    def run(
+        self, socket_path: Path, limits: BatchLimits, step_timeout_seconds: float, rank_silence_seconds: float
+    ) -> None:
         """Serve until killed."""
         # epoll rounds timeouts up to a millisecond, select does not; the engine has few sockets and short waits.
         loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
-        loop.run_until_complete(run_engine(listen(socket_path), limits, step_timeout_seconds))
+        serving = run_engine(listen(socket_path), limits, step_timeout_seconds, rank_silence_seconds)
+        loop.run_until_complete(serving)
 
 
 class GatewayProcess:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import socket
 import struct
 from collections import deque
@@ -99,11 +100,17 @@ def _send(sock: socket.socket, data: bytes, fd: int | None) -> None:
 
 
 class BlockingChannel:
-    """A channel for a loop that does one thing at a time (a rank)."""
+    """A channel for a loop that does one thing at a time (a rank). Another thread may send too: datagrams are whole."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._receiver = _Receiver(sock)
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+
+    def ready(self) -> bool:
+        """Whether `receive` would return, or raise, at once."""
+        return bool(self._readable.poll(0))
 
     def receive(self) -> tuple[Message, list[int]]:
         """Wait for the next message and its descriptors; raises ChannelClosed when the other end is gone."""
@@ -115,6 +122,11 @@ class BlockingChannel:
             _send(self._sock, pack(message), None)
         except ConnectionError as error:
             raise ChannelClosed(str(error)) from error
+
+    def hang_up(self) -> None:
+        """End the connection, so that a thread that waits on it gets ChannelClosed; `close` is still to be called."""
+        with contextlib.suppress(OSError):  # the other end was faster
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def fileno(self) -> int:
         """Return the socket's descriptor, to wait on several channels."""

@@ -7,12 +7,14 @@ import logging
 import os
 import secrets
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import ray
@@ -52,20 +54,24 @@ def own_ray(ranks: int, device: str) -> Iterator[None]:
     device: cpu or cuda; on cuda each rank has a GPU of its own and sees the others, to reach their memory.
     """
     os.environ[SEE_ALL_GPUS] = "1"  # read by the processes that Ray starts
-    with _sigterm_blocked():
-        ray.init(
-            address="local",
-            num_cpus=ranks,  # places for actors, not cores
-            num_gpus=ranks if device == "cuda" else 0,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-            configure_logging=False,
-        )
+    session: Path | None = None
     try:
+        with _sigterm_deferred(), _sigterm_blocked():
+            context = ray.init(
+                address="local",
+                num_cpus=ranks,  # places for actors, not cores
+                num_gpus=ranks if device == "cuda" else 0,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+                configure_logging=False,
+            )
+            session = Path(context.address_info["session_dir"])  # type: ignore[attr-defined]
         yield
     finally:
         _stop_own_ray()
+        if session is not None:
+            _remove_session(session)
 
 
 @contextlib.contextmanager
@@ -78,13 +84,14 @@ def joined_ray(address: str, allow_without_token: bool) -> Iterator[None]:
     if address != "auto":
         _see_that_somebody_listens(address)
     try:
-        ray.init(
-            address=address,
-            # Names of actors are this service's own, however many services the cluster has.
-            namespace=f"moe-forward-{secrets.token_hex(4)}",
-            logging_level=logging.WARNING,
-            configure_logging=False,
-        )
+        with _sigterm_handler_kept():
+            ray.init(
+                address=address,
+                # Names of actors are this service's own, however many services the cluster has.
+                namespace=f"moe-forward-{secrets.token_hex(4)}",
+                logging_level=logging.WARNING,
+                configure_logging=False,
+            )
     except Exception as error:  # Ray raises what its many parts raise
         raise StartError(
             f"ray_address {address}: cannot join this Ray cluster: {_first_line(error)} (is this host one of its "
@@ -159,6 +166,48 @@ def _sigterm_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _sigterm_deferred() -> Iterator[None]:
+    """Let SIGTERM's handler be called after the block, when the signal comes while it runs.
+
+    In the middle of ray.init its exception would be lost, or leave a Ray that nobody can stop. To block the signal does
+    not suffice: any other thread takes it, and Python then calls the handler in this one.
+    """
+    came: list[int] = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        with _sigterm_handler_kept():
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if came:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _sigterm_handler_kept() -> Iterator[None]:
+    """Let nobody replace SIGTERM's handler while the block runs, as ray.init does: by one that exits with 15.
+
+    Prevented and not undone afterwards, since joining a cluster lasts, and the signal may come meanwhile.
+    """
+    set_handler = signal.signal
+
+    def keep(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number == signal.SIGTERM else set_handler(number, handler)
+
+    with mock.patch.object(signal, "signal", keep):
+        yield
+
+
+def _remove_session(session: Path) -> None:
+    """Remove what our own Ray, which has ended, wrote on its disk, and the name it has there for the latest one."""
+    shutil.rmtree(session, ignore_errors=True)
+    latest = session.parent / "session_latest"
+    with contextlib.suppress(OSError):  # not there, or already another's that started since
+        if latest.readlink() == session:
+            latest.unlink()
 
 
 def _stop_own_ray() -> None:

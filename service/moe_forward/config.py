@@ -56,6 +56,12 @@ class Config(BaseModel):
 
     host: str = Field("127.0.0.1", description="Address the HTTP front end listens on.")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
+    frontends: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that serve the HTTP port; one moves some 50 thousand bf16 tokens a second.",
+    )
     metrics_port: int = Field(9400, ge=0, le=65535, description="Port of GET /metrics; 0 takes a free one.")
     admin_token_file: Path | None = Field(None, description="File with the bearer token of POST /v1/drain.")
     api_keys_file: Path | None = Field(
@@ -85,12 +91,21 @@ class Config(BaseModel):
     )
     max_step_requests: int = Field(256, ge=1, le=256, description="Requests of one step at most.")
     max_wait_us: int = Field(200, ge=0, le=1_000_000, description="Longest wait for more requests of the same layer.")
+    max_steps_in_flight: int = Field(
+        2, ge=1, le=4, description="Steps at the ranks at a time, so that the next one is there when one is done."
+    )
     max_request_tokens: int = Field(4096, ge=1, le=1 << 20, description="Rows of one request at most.")
     max_body_bytes: int = Field(256 * MIB, ge=1024, description="Request body at most.")
     max_json_bytes: int = Field(1 * MIB, ge=1024, description="Request body in application/json at most.")
-    max_queue_requests: int = Field(1024, ge=1, description="Requests waiting at most; more are refused with 429.")
-    max_queue_tokens: int = Field(65536, ge=1, description="Rows waiting at most; more are refused with 429.")
-    slab_bytes: int = Field(1024 * MIB, ge=1 * MIB, description="Shared memory of a front end for bodies and replies.")
+    max_queue_requests: int = Field(
+        1024, ge=1, description="Requests waiting at most, and a quarter more of clients with few; else 429."
+    )
+    max_queue_tokens: int = Field(
+        65536, ge=1, description="Rows waiting at most, and a quarter more of clients with few; else 429."
+    )
+    slab_bytes: int = Field(
+        1024 * MIB, ge=1 * MIB, description="Shared memory of each front end for bodies and replies; GPU ranks pin it."
+    )
 
     default_timeout_seconds: float = Field(30.0, gt=0, le=3600, description="Deadline where a request names none.")
     max_timeout_seconds: float = Field(600.0, gt=0, le=3600, description="Longest deadline a request may name.")
@@ -101,12 +116,24 @@ class Config(BaseModel):
     keep_alive_seconds: int = Field(
         5, ge=1, le=3600, description="Longest rest of a connection between two requests; clients should give up first."
     )
-    max_connections: int = Field(8192, ge=1, le=1 << 20, description="Open HTTP connections at most; more get 503.")
+    max_connections: int = Field(
+        8192, ge=1, le=1 << 20, description="Open HTTP connections of all front ends at most; more get 503."
+    )
     max_header_bytes: int = Field(32768, ge=1024, le=1 << 20, description="Request line and headers at most.")
     step_timeout_seconds: float = Field(120.0, gt=0, description="A step that takes longer means a lost rank group.")
+    rank_silence_seconds: float = Field(
+        10.0, ge=1, le=600, description="A rank whose process gives no sign of life for so long is lost, and its group."
+    )
     start_timeout_seconds: float = Field(600.0, gt=0, description="The process ends when ranks are not ready by then.")
     drain_timeout_seconds: float = Field(30.0, ge=0, description="Longest wait for requests in flight on SIGTERM.")
-    max_rank_restarts: int = Field(3, ge=0, description="Times a lost rank group is started again before giving up.")
+    max_rank_restarts: int = Field(
+        3, ge=0, description="Times in an hour that a lost rank group is started again; with one more loss it is over."
+    )
+    on_rank_loss: Literal["fail", "degrade"] = Field(
+        "fail",
+        description="After more losses than max_rank_restarts: give up, or go on with the other ranks, with experts "
+        "missing where the others' memory cannot hold all; replies then say so.",
+    )
 
     expert_metrics: bool = Field(
         False, description="Count the tokens of every expert: a series for each layer and expert, 32768 at most."
@@ -131,6 +158,11 @@ class Config(BaseModel):
             raise ValueError(
                 f"max_request_tokens ({self.max_request_tokens}) must not exceed max_queue_tokens "
                 f"({self.max_queue_tokens}): such a request could never be queued"
+            )
+        if self.frontends > self.max_connections:
+            raise ValueError(
+                f"max_connections ({self.max_connections}) must not be less than frontends ({self.frontends}), which "
+                "share them"
             )
         if self.default_timeout_seconds > self.max_timeout_seconds:
             raise ValueError(

@@ -18,12 +18,22 @@ from moe_forward.messages import (
     Announce,
     AttachSlab,
     Cancel,
+    ConnectionGone,
     DetachSlab,
+    Drain,
+    FrontFailed,
     FrontHello,
+    FrontSamples,
+    FrontUp,
     FrontWelcome,
+    Heartbeat,
+    InFlight,
     Message,
     RankHello,
+    RankTokens,
     Released,
+    Stop,
+    TakeConnection,
 )
 from moe_forward.types import (
     PHASES,
@@ -42,11 +52,11 @@ from moe_forward.types import (
 
 _REF = struct.Struct("<QBI")
 _NO_REF = _REF.pack(0, 255, 0)
-_REQUEST = struct.Struct("<IQiIdBB")
+_REQUEST = struct.Struct("<IQiIdBBQ")
 _REQUEST_BYTES = _REQUEST.size + 5 * _REF.size
-_RESULT = struct.Struct("<IQidddII?qI")
+_RESULT = struct.Struct("<IQidddII?qIII")
 _STEP = struct.Struct("<QIi")
-_STEP_RESULT = struct.Struct(f"<QII?{len(PHASES)}dQQQQII")
+_STEP_RESULT = struct.Struct(f"<QII?{len(PHASES)}dQQQQIII")
 _UNTIMED = (0.0,) * len(PHASES)
 _REPORT = struct.Struct("<iIIII")
 _COUNT = struct.Struct("<I")
@@ -62,18 +72,32 @@ def _unpack_ref(data: memoryview, at: int) -> TensorRef | None:
 
 
 def _pack_request(m: ForwardRequest) -> bytes:
-    head = _REQUEST.pack(m.front, m.request, m.layer, m.tokens, m.deadline_seconds, m.shared_experts, m.routing)
+    head = _REQUEST.pack(
+        m.front, m.request, m.layer, m.tokens, m.deadline_seconds, m.shared_experts, m.routing, m.client
+    )
     return head + b"".join(_pack_ref(ref) for ref in (m.hidden, m.hidden_scales, m.chosen, m.weights, m.output))
 
 
 def _unpack_request(data: memoryview, at: int = 0) -> ForwardRequest:
-    front, request, layer, tokens, deadline, shared, routing = _REQUEST.unpack_from(data, at)
+    front, request, layer, tokens, deadline, shared, routing, client = _REQUEST.unpack_from(data, at)
     refs = [_unpack_ref(data, at + _REQUEST.size + index * _REF.size) for index in range(5)]
     hidden, scales, chosen, weights, output = refs
     if hidden is None or output is None:
         raise ValueError("a request names neither its input nor its output")
     return ForwardRequest(
-        front, request, layer, tokens, deadline, bool(shared), hidden, scales, Routing(routing), chosen, weights, output
+        front,
+        request,
+        layer,
+        tokens,
+        deadline,
+        bool(shared),
+        hidden,
+        scales,
+        Routing(routing),
+        chosen,
+        weights,
+        output,
+        client,
     )
 
 
@@ -82,11 +106,12 @@ def _pack_result(m: ForwardResult) -> bytes:
     retry = math.nan if m.retry_after_seconds is None else m.retry_after_seconds
     sizes = (m.queue_seconds, m.step_seconds, m.batch_tokens, m.batch_requests, m.held)
     step = -1 if m.step is None else m.step
-    return _RESULT.pack(m.front, m.request, code, retry, *sizes, step, m.generation) + m.message.encode()
+    missing = (m.missing_routes, m.missing_experts)
+    return _RESULT.pack(m.front, m.request, code, retry, *sizes, step, m.generation, *missing) + m.message.encode()
 
 
 def _unpack_result(data: memoryview) -> ForwardResult:
-    front, request, code, retry, queue, seconds, tokens, requests, held, step, generation = _RESULT.unpack_from(data)
+    front, request, code, retry, queue, seconds, tokens, requests, held, step, *rest = _RESULT.unpack_from(data)
     return ForwardResult(
         front,
         request,
@@ -99,7 +124,7 @@ def _unpack_result(data: memoryview) -> ForwardResult:
         requests,
         held,
         None if step < 0 else step,
-        generation,
+        *rest,
     )
 
 
@@ -115,16 +140,17 @@ def _unpack_step(data: memoryview) -> Step:
 
 def _pack_step_result(m: StepResult) -> bytes:
     counts = (m.routed_rows, m.requantized_tokens, m.dispatch_bytes, m.combine_bytes)
-    sizes = (len(m.non_finite), len(m.expert_rows))
+    sizes = (len(m.non_finite), len(m.expert_rows), len(m.missing_routes))
     timed = bool(m.phase_seconds)
     head = _STEP_RESULT.pack(m.step, m.generation, m.rank, timed, *(m.phase_seconds or _UNTIMED), *counts, *sizes)
-    return head + struct.pack(f"<{sum(sizes)}I", *m.non_finite, *m.expert_rows) + m.error.encode()
+    numbers = struct.pack(f"<{sum(sizes)}I", *m.non_finite, *m.expert_rows, *m.missing_routes)
+    return head + numbers + m.error.encode()
 
 
 def _unpack_step_result(data: memoryview) -> StepResult:
     step, generation, rank, timed, *rest = _STEP_RESULT.unpack_from(data)
-    *phases, routed, requantized, dispatched, combined, count, experts = rest
-    numbers = struct.unpack_from(f"<{count + experts}I", data, _STEP_RESULT.size)
+    *phases, routed, requantized, dispatched, combined, count, experts, missing = rest
+    numbers = struct.unpack_from(f"<{count + experts + missing}I", data, _STEP_RESULT.size)
     error = bytes(data[_STEP_RESULT.size + 4 * len(numbers) :]).decode()
     return StepResult(
         step,
@@ -137,7 +163,8 @@ def _unpack_step_result(data: memoryview) -> StepResult:
         error,
         dispatched,
         combined,
-        numbers[count:],
+        numbers[count : count + experts],
+        numbers[count + experts :],
     )
 
 
@@ -169,7 +196,13 @@ def _rank_info(fields: dict[str, Any]) -> RankInfo:
 
 def _unpack_status(data: memoryview) -> EngineStatus:
     fields = json.loads(bytes(data))
-    return EngineStatus(**{**fields, "ranks": tuple(_rank_info(rank) for rank in fields["ranks"])})
+    ranks = tuple(_rank_info(rank) for rank in fields["ranks"])
+    return EngineStatus(**{**fields, "ranks": ranks, "missing": tuple(fields["missing"])})
+
+
+def _unpack_announce(data: memoryview) -> Announce:
+    fields = json.loads(bytes(data))
+    return Announce(**{**fields, "missing": tuple(fields["missing"])})
 
 
 def _unpack_rank_hello(data: memoryview) -> RankHello:
@@ -179,6 +212,23 @@ def _unpack_rank_hello(data: memoryview) -> RankHello:
 
 def _unpack_released(data: memoryview) -> Released:
     return Released(tuple(json.loads(bytes(data))["requests"]))
+
+
+def _tuples(value: Any) -> Any:
+    """Return JSON's lists as the tuples they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _pack_samples(m: FrontSamples) -> bytes:
+    return json.dumps({"samples": m.samples}, separators=(",", ":")).encode()
+
+
+def _unpack_samples(data: memoryview) -> FrontSamples:
+    return FrontSamples(_tuples(json.loads(bytes(data))["samples"]))
+
+
+def _unpack_rank_tokens(data: memoryview) -> RankTokens:
+    return RankTokens(_tuples(json.loads(bytes(data))["tokens"]))
 
 
 def _from_json(kind: type[Any]) -> Callable[[memoryview], Any]:
@@ -196,11 +246,21 @@ _CODECS: dict[type[Any], tuple[int, Callable[[Any], bytes], Callable[[memoryview
     FrontWelcome: (8, _pack_json, _from_json(FrontWelcome)),
     Cancel: (9, _pack_json, _from_json(Cancel)),
     Released: (10, _pack_json, _unpack_released),
-    Announce: (11, _pack_json, _from_json(Announce)),
+    Announce: (11, _pack_json, _unpack_announce),
     RankHello: (12, _pack_json, _unpack_rank_hello),
     AttachSlab: (13, _pack_json, _from_json(AttachSlab)),
     DetachSlab: (14, _pack_json, _from_json(DetachSlab)),
     QueueReport: (15, _pack_json, _from_json(QueueReport)),
+    Heartbeat: (16, _pack_json, _from_json(Heartbeat)),
+    FrontUp: (32, _pack_json, _from_json(FrontUp)),
+    FrontFailed: (33, _pack_json, _from_json(FrontFailed)),
+    TakeConnection: (34, _pack_json, _from_json(TakeConnection)),
+    ConnectionGone: (35, _pack_json, _from_json(ConnectionGone)),
+    Drain: (36, _pack_json, _from_json(Drain)),
+    Stop: (37, _pack_json, _from_json(Stop)),
+    RankTokens: (38, _pack_json, _unpack_rank_tokens),
+    InFlight: (40, _pack_json, _from_json(InFlight)),
+    FrontSamples: (39, _pack_samples, _unpack_samples),
 }
 _DECODERS = {number: decode for number, _, decode in _CODECS.values()}
 

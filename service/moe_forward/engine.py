@@ -1,7 +1,7 @@
-"""The engine: one queue, one step at a time over all ranks; it touches no tensor bytes and knows nothing of HTTP.
+"""The engine: one queue, a few steps on their way to all ranks; it touches no tensor bytes and knows nothing of HTTP.
 
 Front ends and ranks connect to its socket. It answers every request it was sent exactly once. Everything runs on one
-asyncio loop; `_pump` is called after each event and is the only place that starts a step.
+asyncio loop; `_pump` is called after each event and is the only place that sends a step.
 """
 
 from __future__ import annotations
@@ -12,60 +12,58 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from moe_forward import group_status
+from moe_forward.answers import report_of, results_of
 from moe_forward.batcher import Batcher, BatchLimits, Queued
 from moe_forward.channel import AsyncChannel, same_user
 from moe_forward.errors import ErrorCode
-from moe_forward.messages import Announce, Cancel, FrontHello, Message, RankHello
+from moe_forward.heartbeat import SilenceWatch
+from moe_forward.messages import Announce, Cancel, FrontHello, Heartbeat, Message, RankHello
 from moe_forward.peers import Fronts, Ranks
 from moe_forward.queue_watch import QueueWatch
+from moe_forward.steps import Sent, StepsInFlight
 from moe_forward.types import (
     EngineStatus,
     ForwardRequest,
     ForwardResult,
     QueueReport,
-    RankInfo,
     Step,
-    StepReport,
     StepResult,
 )
 
 log = logging.getLogger(__name__)
 
-RATE_SMOOTHING = 0.1
 MAX_RETRY_AFTER_SECONDS = 30.0
 LOST_RETRY_AFTER_SECONDS = 2.0
-
-
-@dataclass(slots=True)
-class _Running:
-    step: Step
-    queued: list[Queued]
-    started_seconds: float
-    results: dict[int, StepResult]
-    watchdog: asyncio.TimerHandle
 
 
 class Engine:
     """Queues requests, forms steps, sends them to the ranks of the current group and answers the front ends.
 
-    limits: of the queue and of a step. step_timeout_seconds: a step that takes longer loses the group.
+    limits: of the queue, of a step and of steps in flight. step_timeout_seconds: a step that takes longer, from when it
+        could begin, loses the group. rank_silence_seconds: so does a rank that says nothing for so long; None: nobody
+        listens for heartbeats.
     """
 
-    def __init__(self, limits: BatchLimits, step_timeout_seconds: float) -> None:
+    def __init__(
+        self, limits: BatchLimits, step_timeout_seconds: float, rank_silence_seconds: float | None = None
+    ) -> None:
         self._batcher = Batcher(limits)
+        self._steps = StepsInFlight(limits, self._batcher.pace)
+        self._watchdog: asyncio.TimerHandle | None = None
         self._step_timeout_seconds = step_timeout_seconds
+        self._silence = SilenceWatch(rank_silence_seconds, self._silent)
         self._channels: set[AsyncChannel] = set()
         self._ranks = Ranks()
         self._fronts = Fronts(self._ranks)
         self._queue_watch = QueueWatch(self._waiting, self._fronts.report)
         self._status = EngineStatus(reason="no rank group was announced yet")
-        self._running: _Running | None = None
+        self._next_group: Announce | None = None  # waits for the steps that run
         self._held: dict[int, list[ForwardRequest]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._next_step = 0
-        self._tokens_per_second = 0.0
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept front ends and ranks until cancelled, then hang up on all of them."""
@@ -83,9 +81,10 @@ class Engine:
             self._hang_up()
 
     def _hang_up(self) -> None:
-        for timer in (self._timer, self._running.watchdog if self._running else None):
+        for timer in (self._timer, self._watchdog):
             if timer is not None:
                 timer.cancel()
+        self._silence.stop()
         self._queue_watch.close()
         for channel in self._channels:
             channel.close()
@@ -105,7 +104,11 @@ class Engine:
         elif isinstance(message, Announce) and channel in self._fronts:
             self._expect(message)
         elif isinstance(message, StepResult) and channel in self._ranks:
+            self._silence.heard(message.rank)
             self._collect(message)
+        elif isinstance(message, Heartbeat) and channel in self._ranks:
+            if message.generation == self._status.generation:
+                self._silence.heard(message.rank)
         else:
             log.warning("unexpected %s: hanging up", type(message).__name__)
             self._hang_up_on(channel)
@@ -139,26 +142,16 @@ class Engine:
 
     def _add_rank(self, channel: AsyncChannel, hello: RankHello) -> None:
         rank = hello.info.rank
-        if hello.generation != self._status.generation or rank >= len(self._status.ranks) or self._status.lost:
+        if not group_status.expects(self._status, hello):
             log.warning("rank %d of generation %d is not expected now: hanging up", rank, hello.generation)
             channel.close()
             self._channels.discard(channel)
             return
         self._ranks.add(channel, hello.generation, rank)
         self._fronts.show_slabs(channel)
-        infos = _replaced(self._status.ranks, replace(hello.info, state="ready", since=time.time()))
-        missing = sum(info.state != "ready" for info in infos)
-        reason = f"waiting for {missing} of {len(infos)} ranks" if missing else ""
-        self._tell(
-            replace(
-                self._status,
-                ranks=infos,
-                reason=reason,
-                ready=not missing,
-                backend=hello.backend,
-                kernel=hello.kernel,
-            )
-        )
+        self._tell(group_status.joined(self._status, hello, time.time()))
+        if self._status.ready:
+            self._silence.watch(range(len(self._status.ranks)))
 
     def _expect(self, announce: Announce) -> None:
         if announce.failed:
@@ -166,13 +159,13 @@ class Engine:
             return
         if announce.generation == self._status.generation:
             return  # said again after a reconnection; this group's ranks may have come already
+        if announce.after_steps and self._steps.oldest is not None:
+            self._next_group = announce
+            self._tell(replace(self._status, ready=False, reason="a larger rank group is about to be started"))
+            return
         # Ray can tell the supervisor of a dead rank before its socket tells us.
         self._give_up("a new rank group is being started")
-        starting = tuple(RankInfo(rank, "starting", time.time()) for rank in range(announce.ranks))
-        reason = f"waiting for {announce.ranks} of {announce.ranks} ranks"
-        self._tell(
-            EngineStatus(generation=announce.generation, ranks=starting, restarts=announce.restarts, reason=reason)
-        )
+        self._tell(group_status.announced(announce, time.time()))
 
     # Requests
 
@@ -181,9 +174,12 @@ class Engine:
         if not self._status.ready:
             code = ErrorCode.RANK_LOST if self._status.lost else ErrorCode.NOT_READY
             self._refuse(request, code, self._status.reason, LOST_RETRY_AFTER_SECONDS)
+        elif (seconds := self._batcher.late_seconds(request, now, self._steps.ahead())) is not None:
+            left_seconds = request.deadline_seconds - now
+            reason = f"it would take about {seconds:.3g} s, and its deadline is in {left_seconds:.3g} s"
+            self._refuse_full(request, f"the queue is too long for this request: {reason}", seconds)
         elif not self._batcher.add(request, now):
-            waiting = f"{self._batcher.requests} requests with {self._batcher.tokens} tokens are waiting"
-            self._refuse(request, ErrorCode.QUEUE_FULL, f"the queue is full: {waiting}", self._drain_seconds())
+            self._refuse_full(request, "the queue is full", self._batcher.drain_seconds(request.client))
 
     def _cancel(self, front: int, request: int) -> None:
         queued = self._batcher.cancel(front, request)
@@ -201,10 +197,12 @@ class Engine:
         result = ForwardResult(request.front, request.request, code, message, retry_after_seconds, held=held)
         self._fronts.answer(result)
 
-    def _drain_seconds(self) -> float:
-        if self._tokens_per_second <= 0:
-            return LOST_RETRY_AFTER_SECONDS
-        return min(MAX_RETRY_AFTER_SECONDS, max(1.0, self._batcher.tokens / self._tokens_per_second))
+    def _refuse_full(self, request: ForwardRequest, reason: str, seconds: float | None) -> None:
+        waiting = f"{self._batcher.requests} requests with {self._batcher.tokens} tokens are waiting"
+        retry_after_seconds = LOST_RETRY_AFTER_SECONDS
+        if seconds is not None:
+            retry_after_seconds = min(MAX_RETRY_AFTER_SECONDS, max(1.0, seconds))
+        self._refuse(request, ErrorCode.QUEUE_FULL, f"{reason}: {waiting}", retry_after_seconds)
 
     # Steps
 
@@ -215,10 +213,14 @@ class Engine:
             self._refuse(
                 queued.request, ErrorCode.DEADLINE_EXCEEDED, f"the deadline passed after {waited:.3f} s in the queue"
             )
-        if self._running is None and self._status.ready:
-            queued_requests = self._batcher.next_step(now)
-            if queued_requests:
-                self._start(queued_requests, now)
+        if self._steps.oldest is None and self._next_group is not None:
+            announce, self._next_group = self._next_group, None
+            self._expect(announce)
+        while self._may_send():
+            queued_requests = self._batcher.next_step(now, self._steps.ahead())
+            if not queued_requests:
+                break
+            self._send(queued_requests, now)
         self._set_timer(now)
         self._queue_watch.changed()
 
@@ -229,67 +231,60 @@ class Engine:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        wake = self._batcher.wake_seconds(idle=self._running is None and self._status.ready)
+        wake = self._batcher.wake_seconds(now, self._steps.ahead(), self._may_send())
         if wake < float("inf"):
             self._timer = asyncio.get_running_loop().call_later(max(0.0, wake - now), self._pump)
 
-    def _start(self, queued: list[Queued], now: float) -> None:
+    def _may_send(self) -> bool:
+        return self._status.ready and self._steps.have_room
+
+    def _send(self, queued: list[Queued], now: float) -> None:
         requests = tuple(item.request for item in queued)
         step = Step(self._next_step, self._status.generation, requests[0].layer, requests)
         self._next_step += 1
-        loop = asyncio.get_running_loop()
-        watchdog = loop.call_later(self._step_timeout_seconds, self._stalled, step.step)
-        self._running = _Running(step, queued, now, {}, watchdog)
+        self._steps.add(step, queued, now)
+        if self._watchdog is None:
+            self._watch_oldest()
         self._ranks.send(step, generation=step.generation)
 
-    def _stalled(self, step: int) -> None:
-        if self._running is not None and self._running.step.step == step:
-            late = sorted(set(range(len(self._status.ranks))) - set(self._running.results))
-            self._lose(
-                f"step {step} took longer than {self._step_timeout_seconds:g} s; no word from ranks {late}", late
-            )
-            self._pump()
+    def _watch_oldest(self) -> None:
+        """Time the step that ranks work on; those behind it are not late by waiting."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        oldest = self._steps.oldest
+        if oldest is not None:
+            loop = asyncio.get_running_loop()
+            self._watchdog = loop.call_later(self._step_timeout_seconds, self._stalled, oldest)
+
+    def _stalled(self, sent: Sent) -> None:
+        late = sorted(set(range(len(self._status.ranks))) - set(sent.results))
+        self._lose(
+            f"step {sent.step.step} took longer than {self._step_timeout_seconds:g} s; no word from ranks {late}", late
+        )
+        self._pump()
 
     def _collect(self, result: StepResult) -> None:
-        running = self._running
-        if running is None or (result.step, result.generation) != (running.step.step, running.step.generation):
+        sent = self._steps.find(result)
+        if sent is None:
             return  # a late word of a step that was given up
         if result.error:
             self._lose(f"rank {result.rank} failed: {result.error}", [result.rank])
             return
-        running.results[result.rank] = result
-        if len(running.results) == len(self._status.ranks):
-            self._finish(running)
-
-    def _finish(self, running: _Running) -> None:
+        sent.results[result.rank] = result
         now = time.monotonic()
-        self._running = None
-        running.watchdog.cancel()
-        tokens, count = running.step.tokens, len(running.queued)
-        seconds = now - running.started_seconds
-        rate = tokens / max(seconds, 1e-6)
-        self._tokens_per_second += (rate - self._tokens_per_second) * (RATE_SMOOTHING if self._tokens_per_second else 1)
-        non_finite = {index for result in running.results.values() for index in result.non_finite}
-        for index, item in enumerate(running.queued):
-            waited = running.started_seconds - item.arrived_seconds
-            result = ForwardResult(
-                item.request.front,
-                item.request.request,
-                queue_seconds=waited,
-                step_seconds=seconds,
-                batch_tokens=tokens,
-                batch_requests=count,
-                step=running.step.step,
-                generation=running.step.generation,
-            )
-            if index in non_finite:
-                message = "hidden_states, hidden_scales or router_logits hold NaN or Inf"
-                result = replace(result, code=ErrorCode.NON_FINITE, message=message)
+        while (finished := self._steps.pop_finished(len(self._status.ranks), now)) is not None:
+            self._watch_oldest()
+            self._finish(finished, now)
+
+    def _finish(self, sent: Sent, now: float) -> None:
+        self._batcher.finished(sent.step.layer, sent.tokens, sent.sent_seconds, now - sent.began_seconds, now)
+        results = results_of(sent, now, self._status.missing_experts)
+        self._pump()  # ranks shall not wait until hundreds of requests are answered
+        for result in results:
             self._fronts.answer(result)
-        results = tuple(running.results[rank] for rank in sorted(running.results))
         waiting = self._waiting()
-        report = StepReport(running.step.layer, tokens, count, waiting.requests, waiting.tokens, results)
-        self._fronts.report(report)
+        self._fronts.report(report_of(sent, waiting))
         self._queue_watch.told(waiting)
 
     # Loss of ranks
@@ -301,26 +296,28 @@ class Engine:
             for request in self._held.pop(generation, []):
                 self._fronts.release(request)
 
+    def _silent(self, ranks: list[int]) -> None:
+        who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks}"
+        self._lose(f"no sign of life from {who} for {self._silence.silence_seconds:g} s", ranks)
+        self._pump()
+
     def _lose(self, reason: str, ranks: list[int]) -> None:
         """Give the whole group up: its collectives cannot finish without the lost rank."""
         log.error("lost rank group %d: %s", self._status.generation, reason)
-        infos = self._status.ranks
-        for rank in ranks:
-            infos = _replaced(infos, replace(infos[rank], state="lost", since=time.time()))
         self._give_up(reason)
-        self._tell(replace(self._status, ready=False, lost=True, ranks=infos, reason=reason))
+        self._tell(group_status.lost(self._status, reason, ranks, time.time()))
 
     def _give_up(self, reason: str) -> None:
         """Answer everything that runs or waits as lost; what the current group may still touch is held."""
         generation = self._status.generation
-        if self._running is not None:
-            self._running.watchdog.cancel()
-            alive = self._ranks.alive(generation)
-            for request in self._running.step.requests:
+        self._silence.stop()
+        alive = self._ranks.alive(generation)
+        for sent in self._steps.pop_all():
+            for request in sent.step.requests:
                 self._refuse(request, ErrorCode.RANK_LOST, reason, LOST_RETRY_AFTER_SECONDS, held=alive)
             if alive:
-                self._held.setdefault(generation, []).extend(self._running.step.requests)
-            self._running = None
+                self._held.setdefault(generation, []).extend(sent.step.requests)
+        self._watch_oldest()
         for queued in self._batcher.drop_all():
             self._refuse(queued.request, ErrorCode.RANK_LOST, reason, LOST_RETRY_AFTER_SECONDS)
 
@@ -329,11 +326,12 @@ class Engine:
         self._fronts.tell(status)
 
 
-def _replaced(infos: tuple[RankInfo, ...], info: RankInfo) -> tuple[RankInfo, ...]:
-    return (*infos[: info.rank], info, *infos[info.rank + 1 :])
-
-
-async def run_engine(listener: socket.socket, limits: BatchLimits, step_timeout_seconds: float) -> None:
-    """Serve `listener` until the task is cancelled."""
+async def run_engine(
+    listener: socket.socket,
+    limits: BatchLimits,
+    step_timeout_seconds: float,
+    rank_silence_seconds: float | None = None,
+) -> None:
+    """Serve `listener` until the task is cancelled. See `Engine`."""
     with contextlib.closing(listener):
-        await Engine(limits, step_timeout_seconds).serve(listener)
+        await Engine(limits, step_timeout_seconds, rank_silence_seconds).serve(listener)

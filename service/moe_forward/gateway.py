@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import socket
 import threading
 from pathlib import Path
@@ -20,7 +19,7 @@ from moe_forward.channel import BlockingChannel, connect
 from moe_forward.errors import ChannelClosed
 from moe_forward.frames import FramedSocket, views
 from moe_forward.handshake import Address, welcome
-from moe_forward.messages import AttachSlab, DetachSlab, RankHello
+from moe_forward.messages import AttachSlab, DetachSlab, Heartbeat, RankHello
 from moe_forward.segments import input_windows, output_windows
 from moe_forward.slab import map_slab
 from moe_forward.types import Step, StepResult
@@ -83,20 +82,34 @@ class _Bridge:
         self._rank = rank
         self._ranks = ranks
         self._slabs: dict[int, memoryview] = {}
-        self._step: Step | None = None
-        self._outputs: list[memoryview] = []
+        self._outputs: dict[int, list[memoryview]] = {}  # by step that the rank has not answered
+        self._why: Exception | None = None
 
     def run(self) -> None:
-        """Pass everything on until one of them is gone: raises ChannelClosed."""
-        poller = select.poll()
-        poller.register(self._peer, select.POLLIN)
-        poller.register(self._engine, select.POLLIN)
-        while True:
-            for fd, _ in poller.poll():
-                if fd == self._engine.fileno():
-                    self._to_rank()
-                else:
-                    self._to_engine()
+        """Pass everything on until one of them is gone: raises ChannelClosed.
+
+        A thread for each direction: the rows of a step may be on their way there while those of a result come back, and
+        with one thread each end could wait for the other to read.
+        """
+        back = threading.Thread(target=self._run_back, name=f"rank {self._rank} to the engine", daemon=True)
+        back.start()
+        try:
+            while True:
+                self._to_rank()
+        except (ChannelClosed, OSError) as error:
+            raise self._why or error from error
+        finally:
+            self._peer.hang_up()
+            back.join()
+
+    def _run_back(self) -> None:
+        try:
+            while True:
+                self._to_engine()
+        except (ChannelClosed, OSError) as error:
+            self._why = error
+        finally:
+            self._engine.hang_up()
 
     def _to_rank(self) -> None:
         message, fds = self._engine.receive()
@@ -106,20 +119,20 @@ class _Bridge:
             self._slabs[message.front] = memoryview(map_slab(fd, message.slab_bytes))
             os.close(fd)
         elif isinstance(message, DetachSlab):
-            self._slabs.pop(message.front, None)  # outputs of the step under way keep their memory
+            self._slabs.pop(message.front, None)  # outputs of steps under way keep their memory
         elif isinstance(message, Step):
-            self._step = message
-            self._outputs = views(self._slabs, output_windows(message, self._rank, self._ranks))
+            self._outputs[message.step] = views(self._slabs, output_windows(message, self._rank, self._ranks))
             rows = views(self._slabs, input_windows(message, self._rank, self._ranks))
         self._peer.send(message, rows)
 
     def _to_engine(self) -> None:
         message = self._peer.receive()
-        if not isinstance(message, StepResult) or message.rank != self._rank or self._step is None:
+        if isinstance(message, StepResult) and message.rank == self._rank:
+            if message.step not in self._outputs:
+                raise ChannelClosed(f"rank {self._rank} sent the result of step {message.step}, which it does not have")
+            outputs = self._outputs.pop(message.step)
+            if not message.error:
+                self._peer.receive_rows(outputs)
+        elif not (isinstance(message, Heartbeat) and message.rank == self._rank):
             raise ChannelClosed(f"rank {self._rank} sent a {type(message).__name__}, expected the result of a step")
-        if message.step != self._step.step:
-            raise ChannelClosed(f"rank {self._rank} sent the result of step {message.step}, not {self._step.step}")
-        self._step = None
-        if not message.error:
-            self._peer.receive_rows(self._outputs)
         self._engine.send(message)

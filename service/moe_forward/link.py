@@ -25,12 +25,14 @@ class EngineLink:
     """Sends requests of one front end to the engine and hands back their results.
 
     slab: this front end's memory, announced to the engine on every connection.
+    wants_reports: False where another front end of the service is told of steps and of the queue.
     status: the engine as it last described itself. on_status, on_report: called with each status and finished step.
     on_queue: called with what waits in the engine, after it has changed.
     """
 
-    def __init__(self, socket_path: Path, slab: Slab) -> None:
+    def __init__(self, socket_path: Path, slab: Slab, wants_reports: bool = True) -> None:
         self.slab = slab
+        self._wants_reports = wants_reports
         self.front = 0
         self.status = EngineStatus()
         self.on_status: Callable[[EngineStatus], None] = lambda status: None
@@ -82,7 +84,7 @@ class EngineLink:
         self._waiting[request.request] = future
         self._channel.send(request)
         try:
-            return await asyncio.shield(future)
+            return await future
         except asyncio.CancelledError:
             if request.request in self._waiting and self._channel is not None:
                 self._channel.send(Cancel(request.request))
@@ -110,7 +112,7 @@ class EngineLink:
                 continue
             self._gone.clear()
             self._channel = AsyncChannel(sock, self._on_message, self._on_close)
-            self._channel.send(FrontHello(self.slab.nbytes), self.slab.fd)
+            self._channel.send(FrontHello(self.slab.nbytes, self._wants_reports), self.slab.fd)
             await self._gone.wait()
             await asyncio.sleep(RECONNECT_SECONDS)  # an engine that hangs up at once must not keep us busy
 

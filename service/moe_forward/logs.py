@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Any, Literal, TextIO
 
 STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 """What every record carries; anything else was given as `extra` (uvicorn adds a coloured copy of its message)."""
 
 
+_PLAIN = re.compile(r"[!#-<>-~]+")
+"""Printable ASCII without a space, a quote or an equals sign."""
+
+
 def extra_fields(record: logging.LogRecord) -> dict[str, Any]:
     """Return what the caller passed as `extra`, without fields that are None or private (Ray adds one)."""
-    given = {name: value for name, value in record.__dict__.items() if name not in STANDARD_FIELDS}
-    return {name: value for name, value in given.items() if value is not None and not name.startswith("_")}
+    return {
+        name: value
+        for name, value in record.__dict__.items()
+        if value is not None and name not in STANDARD_FIELDS and name[0] != "_"
+    }
 
 
 def _timestamp(record: logging.LogRecord) -> str:
-    moment = datetime.fromtimestamp(record.created, tz=timezone.utc)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    seconds = int(record.created)
+    return f"{_second(seconds)}.{int((record.created - seconds) * 1000):03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _one_line(text: str) -> str:
@@ -31,8 +45,7 @@ def _one_line(text: str) -> str:
 def _text_value(value: Any) -> str:
     """Bare where that is unambiguous, else as JSON: a value can never look like another field or another line."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    plain = text.isascii() and text.isprintable() and text and not any(mark in text for mark in ' "=')
-    return text if plain else json.dumps(text)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
 class TextFormatter(logging.Formatter):
@@ -64,12 +77,33 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
-def configure(level: str, format: Literal["text", "json"], stream: TextIO | None = None) -> None:
+class _Always(logging.Filter):
+    """Adds the same extra fields to every record; what a record brings itself stays."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._fields = dict(fields)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass."""
+        record.__dict__.update({**self._fields, **extra_fields(record)})
+        return True
+
+
+def configure(
+    level: str,
+    format: Literal["text", "json"],
+    stream: TextIO | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> None:
     """Send the whole process' log through one handler; calling it again replaces what an earlier call set.
 
     level: debug, info, warning or error. stream: default standard error.
+    fields: which every record of this process has, such as the number of a front end.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
+    if fields:
+        handler.addFilter(_Always(fields))
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     root = logging.getLogger()
     for old in list(root.handlers):
@@ -87,5 +121,9 @@ def configure(level: str, format: Literal["text", "json"], stream: TextIO | None
 
 def log_request(log: logging.Logger, level: int, fields: Mapping[str, Any]) -> None:
     """Write the one line of a finished request; `fields` must not hold anything a client sent as tensor data."""
-    if log.isEnabledFor(level):
-        log.log(level, "request", extra=dict(fields))
+    if not log.isEnabledFor(level):
+        return
+    # What `log.log` does, without looking through the stack for a line of code that is always the same.
+    record = logging.getLogRecordFactory()(log.name, level, __file__, 0, "request", (), None, "log_request")
+    record.__dict__.update(fields)
+    log.handle(record)

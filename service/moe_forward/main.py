@@ -49,7 +49,7 @@ def _serve(options: dict[str, object]) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    raise SystemExit(0)  # as after the start: who sends SIGTERM wants an end, and systemd takes 143 for a failure
 
 
 def _quantize(options: dict[str, object]) -> None:
@@ -92,13 +92,17 @@ def _make_model(options: dict[str, object]) -> None:
 
 
 def _bench(options: dict[str, object]) -> None:
-    from moe_forward.bench import bench
+    from moe_forward.bench.run import bench
 
     bench(**options)  # type: ignore[arg-type]
 
 
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-anonymous", action="store_true", default=None, help="listen beyond loopback without API keys"
     )
     serve.add_argument("--port", type=int, help="default: 8000; 0 takes a free one")
+    serve.add_argument("--frontends", type=int, metavar="N", help="processes that serve the port (default: 1)")
     serve.add_argument("--metrics-port", type=int, help="default: 9400; 0 takes a free one")
 
     quantize = commands.add_parser("quantize", help="make a w4afp8 checkpoint from a bf16 or fp8 one")
@@ -157,18 +162,60 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="load a running service and report latency")
     bench.set_defaults(run=_bench)
-    bench.add_argument("url", metavar="URL")
-    bench.add_argument("--layer", type=int, help="default: every served layer in turn")
-    bench.add_argument("--tokens", type=_sizes, default=(1, 16, 128), metavar="1,16,128", help="rows of a request")
-    bench.add_argument("--concurrency", type=int, default=8)
-    bench.add_argument("--seconds", type=float, default=10.0)
-    bench.add_argument("--warmup-seconds", type=float, default=2.0)
-    bench.add_argument("--dtype", choices=("bf16", "f16", "f32", "fp8"), default="bf16")
-    bench.add_argument("--seed", type=int, default=0)
-    bench.add_argument("--api-key-file", type=Path, metavar="FILE", help="send the first key in it")
-    bench.add_argument("--ca-file", type=Path, metavar="FILE", help="trust the service's certificate by this one")
-    bench.add_argument("--json", dest="json_path", type=Path, metavar="FILE", help="write the report there too")
+    _add_bench_arguments(bench)
     return parser
+
+
+def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("url", metavar="URL")
+
+    what = bench.add_argument_group("what a request is")
+    size = what.add_mutually_exclusive_group()
+    size.add_argument("--tokens", type=_sizes, default=(1, 16, 128), metavar="1,16,128", help="rows; a run for each")
+    size.add_argument("--mix", metavar="1:70,64:25,2048:5", help="rows by weight, in one run")
+    what.add_argument("--layers", "--layer", default="all", metavar="all|3,5,7-9", help="default: all")
+    what.add_argument("--layer-order", choices=("round-robin", "random"), default="round-robin")
+    what.add_argument("--dtype", choices=("bf16", "f16", "f32", "fp8"), default="bf16")
+    what.add_argument(
+        "--routing", choices=("server", "topk", "logits"), default="server", help="by the layer's gate, or sent along"
+    )
+    what.add_argument("--shared-experts", action=argparse.BooleanOptionalAction, default=True)
+    what.add_argument("--timeout-seconds", type=float, default=30.0, help="of a request (default: 30)")
+    what.add_argument("--seed", type=int, default=0)
+
+    when = bench.add_argument_group("when they are sent")
+    loop = when.add_mutually_exclusive_group()
+    loop.add_argument(
+        "--concurrency", type=_sizes, default=(8,), metavar="1,8,64", help="closed loop: callers; a run for each"
+    )
+    loop.add_argument(
+        "--rate", type=_rates, default=(), metavar="100,200", help="open loop: requests a second; a run for each"
+    )
+    when.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson", help="of an open loop")
+    when.add_argument("--max-inflight", type=int, default=256, metavar="N", help="of an open loop (default: 256)")
+    length = when.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, default=10.0, help="of measuring a run (default: 10)")
+    length.add_argument("--requests", type=int, metavar="N", help="to measure in a run, however long it takes")
+    when.add_argument("--warmup-seconds", type=float, default=2.0, help="before it (default: 2)")
+    when.add_argument("--processes", type=int, default=1, metavar="P", help="that share the load (default: 1)")
+
+    said = bench.add_argument_group("what is said of it")
+    said.add_argument(
+        "--slo-ms", dest="slo_milliseconds", type=float, metavar="X", help="also count requests that took X ms at most"
+    )
+    said.add_argument(
+        "--self-check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure what the generator itself can do, a second a run (default: yes)",
+    )
+    said.add_argument("--json", dest="json_path", type=Path, metavar="FILE", help="write the report there too")
+    said.add_argument("--plot", dest="plot_path", type=Path, metavar="FILE.svg|png", help="draw latency over load")
+    said.add_argument("--compare", dest="compare_path", type=Path, metavar="OLD.json", help="print ratios to a report")
+
+    who = bench.add_argument_group("who asks, and whom")
+    who.add_argument("--api-key-file", type=Path, metavar="FILE", help="send the first key in it")
+    who.add_argument("--ca-file", type=Path, metavar="FILE", help="trust the service's certificate by this one")
 
 
 if __name__ == "__main__":

@@ -94,23 +94,32 @@ class MemoryPlan:
 
 
 def plan(
-    spec: ModelSpec, ranks: int, exchange: str, experts: str, max_tokens: int, granularity: ActivationScale
+    spec: ModelSpec,
+    ranks: int,
+    exchange: str,
+    experts: str,
+    max_tokens: int,
+    granularity: ActivationScale,
+    *,
+    missing_experts: int = 0,
 ) -> MemoryPlan:
     """Work out the memory of the rank that holds most experts.
 
     spec: with the layers to serve. exchange, experts: names as resolved, never `auto`.
     max_tokens: T, rows that one rank forwards at once at most. granularity: of the activation scales.
+    missing_experts: how many of the model's experts the group does without.
     Returns: GPU memory for the experts `cutlass` and the exchanges between GPUs; else the host's: weights, most of
         which are mapped files that the kernel reads and drops as it likes.
     Raises: ValueError for fewer than one token.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
-    shares = [len(expert_range(rank, ranks, spec.num_experts)) for rank in range(ranks)]
+    num_experts = spec.num_experts - missing_experts
+    shares = [len(expert_range(rank, ranks, num_experts)) for rank in range(ranks)]
     place = Place(
         rank=shares.index(max(shares)),
         ranks=ranks,
-        num_experts=spec.num_experts,
+        num_experts=num_experts,
         rendezvous=Path(),
         timeout_seconds=0.0,
         device=torch.device("cuda"),

@@ -19,9 +19,13 @@ from moe_forward.types import (
 
 @dataclass(frozen=True, slots=True)
 class FrontHello:
-    """Front end to engine, with the slab's descriptor: here is my memory."""
+    """Front end to engine, with the slab's descriptor: here is my memory.
+
+    wants_reports: of finished steps and of what waits; the engine tells each to one of those who do.
+    """
 
     slab_bytes: int
+    wants_reports: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,19 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """Supervisor to engine: which rank group to expect. An empty `failed` means that it is being started."""
+    """Supervisor to engine: which rank group to expect. An empty `failed` means that it is being started.
+
+    lacking_ranks, missing: what the group lacks, as `EngineStatus` has it.
+    after_steps: the present group works; let it finish the steps that run, and form no more.
+    """
 
     generation: int
     ranks: int
     restarts: int
     failed: str = ""
+    lacking_ranks: int = 0
+    missing: tuple[int, ...] = ()
+    after_steps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,14 @@ class RankHello:
     info: RankInfo
     backend: str
     kernel: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Rank to engine, now and then: this process runs."""
+
+    generation: int
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +99,66 @@ class DetachSlab:
     front: int
 
 
+@dataclass(frozen=True, slots=True)
+class FrontUp:
+    """Front process to the service's: connections may come."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrontFailed:
+    """Front process to the service's, its last word: why it cannot serve."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakeConnection:
+    """Service to front process, with a descriptor: this HTTP connection is yours."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionGone:
+    """Front process to the service's: one of the connections that I took is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Service to front process: refuse what is new, and say what is in flight. The other way: an operator asked me."""
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """Answer to `Drain`: forwards that this front end serves, or all the others together."""
+
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Service to front process: drain, answer what is in flight, end."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankTokens:
+    """Service to front process: rows that each rank's experts computed, by rank, since the service started."""
+
+    tokens: tuple[tuple[int, int], ...]
+
+
+Labels: TypeAlias = tuple[tuple[str, str], ...]
+SampleValue: TypeAlias = tuple[str, str, Labels, float, tuple[Labels, float, float] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class FrontSamples:
+    """Front process to the service's: its metrics as they are now.
+
+    samples: (family, name, labels, value, exemplar) each; exemplar: (labels, value, Unix seconds), or None.
+    """
+
+    samples: tuple[SampleValue, ...]
+
+
 Message: TypeAlias = (
     ForwardRequest
     | ForwardResult
@@ -94,6 +173,16 @@ Message: TypeAlias = (
     | Released
     | Announce
     | RankHello
+    | Heartbeat
     | AttachSlab
     | DetachSlab
+    | FrontUp
+    | FrontFailed
+    | TakeConnection
+    | ConnectionGone
+    | Drain
+    | InFlight
+    | Stop
+    | RankTokens
+    | FrontSamples
 )

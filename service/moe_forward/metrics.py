@@ -12,11 +12,13 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 
 from moe_forward.errors import ErrorCode
 from moe_forward.expert_tokens import ExpertTokens
+from moe_forward.rebalances import RESULTS, Rebalances
 from moe_forward.request_record import RequestRecord
+from moe_forward.series import Counter, Gauge, Histogram
 from moe_forward.types import PHASES, EngineStatus, QueueReport, StepReport
 
 PREFIX = "moe_forward_"
@@ -68,6 +70,8 @@ class Metrics:
         self._started_ranks: set[int] = set()
         self._rank_counters: dict[int, tuple[Counter, Counter, Counter]] = {}
         self._build: tuple[str, str] | None = None
+        self._changes = Rebalances()
+        self._missing: dict[int, tuple[int, ...]] = {}  # experts that a rank group lacked, by its generation
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, text, labels, registry=registry)
@@ -85,6 +89,14 @@ class Metrics:
             "requantized_tokens_total", "fp8 tokens that came with the other scale granularity.", "model"
         )
         self._rank_tokens = counter("rank_tokens_total", "Rows that a rank's experts computed.", "rank")
+        self._dropped = counter(
+            "dropped_assignments_total", "Routes of tokens to experts that no rank holds; they added nothing.", "model"
+        )
+        self._rebalances = counter(
+            "rebalances_total", "Changes of which ranks hold which experts: degraded, restored or failed.", "result"
+        )
+        for result in RESULTS:
+            self._rebalances.labels(result)  # there from the start, so that the first one is seen as a rise
         self._rank_restarts = counter("rank_restarts_total", "Times a rank was started again.", "rank")
         self._exchange_bytes = counter(
             "exchange_bytes_total",
@@ -123,7 +135,7 @@ class Metrics:
             "expert_load_imbalance_ratio", "Rows of the busiest rank over the mean, in the layer's last step.", "layer"
         )
         self._degraded = gauge(
-            "degraded", "1 while a rank of the placement is missing, so that requests are refused, else 0.", "model"
+            "degraded", "1 while ranks or experts are missing or requests are refused, else 0.", "model"
         )
         self._placement = gauge("placement_generation", "Number of the current rank group.")
         self._gpu_memory = gauge("gpu_memory_bytes", "Memory of a rank's GPU when it became ready.", "rank", "kind")
@@ -192,12 +204,18 @@ class Metrics:
             dispatched.inc(result.dispatch_bytes)
             combined.inc(result.combine_bytes)
         self._requantized.labels(model).inc(sum(result.requantized_tokens for result in report.results))
+        dropped = sum(sum(result.missing_routes) for result in report.results)
+        self._dropped.labels(model).inc(dropped)
         rows = [result.routed_rows for result in report.results]
         if sum(rows) > 0:
             self._imbalance.labels(report.layer).set(max(rows) * len(rows) / sum(rows))
         if self._expert_tokens is not None:
             by_rank = sorted(report.results, key=lambda result: result.rank)  # ranks hold experts in id order
-            self._expert_tokens.add(report.layer, [count for result in by_rank for count in result.expert_rows])
+            counts = [count for result in by_rank for count in result.expert_rows]
+            # a step's report may come after the status of the next group; ascending, so that each lands at its own id
+            for expert in self._missing.get(by_rank[0].generation, ()) if counts else ():
+                counts.insert(expert, 0)
+            self._expert_tokens.add(report.layer, counts)
 
     def _counters_of(self, rank: int) -> tuple[Counter, Counter, Counter]:
         """Return a rank's rows, bytes in dispatch and bytes in combine: looked up once, since every step counts."""
@@ -210,7 +228,10 @@ class Metrics:
     def status_changed(self, model: str, status: EngineStatus) -> None:
         """Take in the engine's description of itself and of its ranks."""
         self._placement.set(status.generation)
-        self._degraded.labels(model).set(not status.ready)
+        self._degraded.labels(model).set(not status.ready or bool(status.lacking_ranks or status.missing))
+        self._missing[status.generation] = status.missing
+        for result in self._changes.seen(status):
+            self._rebalances.labels(result).inc()
         if not status.ready:
             self.queue_changed(model, QueueReport(0, 0))  # everything that waited was refused; the engine may be gone
         for rank in self._restarts.keys() - {info.rank for info in status.ranks}:

@@ -43,6 +43,7 @@ class _Front:
     channel: AsyncChannel
     slab_fd: int
     slab_bytes: int
+    wants_reports: bool
 
 
 class Fronts:
@@ -65,7 +66,7 @@ class Fronts:
         """Welcome a front end and show its slab, whose descriptor is ours from now on, to the ranks."""
         number = self._next
         self._next += 1
-        self._fronts[number] = _Front(channel, slab_fd, hello.slab_bytes)
+        self._fronts[number] = _Front(channel, slab_fd, hello.slab_bytes, hello.wants_reports)
         self._numbers[channel] = number
         self._ranks.send(AttachSlab(number, hello.slab_bytes), slab_fd)
         channel.send(FrontWelcome(number))
@@ -97,7 +98,7 @@ class Fronts:
 
     def report(self, report: StepReport | QueueReport) -> None:
         """Send a finished step, or what waits, to one front end: exported by two, it would be counted twice."""
-        for front in list(self._fronts.values())[:1]:
+        for front in [front for front in self._fronts.values() if front.wants_reports][:1]:
             front.channel.send(report)
 
     def tell(self, status: EngineStatus) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,8 @@ class Places:
         self._ranks = ranks
         self._group: Any = placement_group([self._bundle] * ranks, strategy="PACK")
 
-    async def settled(self, deadline: float) -> list[RankPlace]:
-        """Wait until there is a place for every rank; returns them by rank, those of this node first.
+    async def settled(self, bundles: Collection[int], deadline: float) -> list[RankPlace]:
+        """Wait until every one of `bundles` has a place; returns them by rank, those of this node first.
 
         Places of a node that was lost are given on other nodes as soon as there is room.
         deadline: on the loop's clock.
@@ -44,12 +45,16 @@ class Places:
         """
         loop = asyncio.get_running_loop()
         while True:
-            table = await asyncio.to_thread(placement_group_table, self._group)
-            if table["state"] == "CREATED":
-                return await asyncio.to_thread(_ordered, table["bundles_to_node_id"])
+            nodes = await asyncio.to_thread(self._nodes)
+            if nodes.keys() >= set(bundles):
+                return await asyncio.to_thread(_ordered, {bundle: nodes[bundle] for bundle in bundles})
             if loop.time() >= deadline:
                 raise StartError(await asyncio.to_thread(self._lacking))
             await asyncio.sleep(POLL_SECONDS)
+
+    async def there(self) -> tuple[int, ...]:
+        """Return the bundles that have a place now, ascending."""
+        return tuple(sorted(await asyncio.to_thread(self._nodes)))
 
     def strategy(self, place: RankPlace) -> PlacementGroupSchedulingStrategy:
         """Return how Ray is told to start an actor at a place."""
@@ -58,6 +63,13 @@ class Places:
     def close(self) -> None:
         """Give the places back."""
         remove_placement_group(self._group)
+
+    def _nodes(self) -> dict[int, str]:
+        """Return the node of each bundle that has a place; one whose node was lost has none until it gets another."""
+        table = placement_group_table(self._group)
+        if table["state"] not in ("CREATED", "RESCHEDULING"):  # before, places are only prepared
+            return {}
+        return {bundle: node for bundle, node in table["bundles_to_node_id"].items() if node}
 
     def _lacking(self) -> str:
         free = ray.available_resources()  # type: ignore[no-untyped-call]

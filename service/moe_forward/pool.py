@@ -1,7 +1,7 @@
-"""Ray's part: it places and starts the engine and the ranks, tells when one dies, and carries no step.
+"""The supervisor: it has Ray place and start the engine and the ranks, notices when one is lost, and carries no step.
 
-The supervisor lives in the process that started the service. When a rank or the engine is lost it kills what is left
-of the group (its collectives cannot finish), and starts the next generation.
+It lives in the process that started the service. When a rank or the engine is lost it kills what is left of the group
+(its collectives cannot finish), and starts the next generation in the layout that the `ladder` says.
 """
 
 from __future__ import annotations
@@ -9,46 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import ray
-
-from moe_forward.actors import EngineActor, GatewayActor, RankActor
-from moe_forward.batcher import BatchLimits
-from moe_forward.cluster import SEE_ALL_GPUS
-from moe_forward.errors import StartError
-from moe_forward.exchange import Meeting
-from moe_forward.handshake import Address, new_secret
+from moe_forward.group_start import GroupStart, Loss, NotStarted, places_of
+from moe_forward.ladder import RESTORE_SECONDS, Ladder, Layout
 from moe_forward.link import EngineLink
 from moe_forward.messages import Announce
-from moe_forward.placement import Places, RankPlace, this_address, this_node
-from moe_forward.rank_setup import LOOPBACK, RankSetup
+from moe_forward.placement import Places, RankPlace
+from moe_forward.rank_group import Actors, PoolSetup
+from moe_forward.rank_setup import resized
 from moe_forward.types import EngineStatus
+
+__all__ = ["PoolSetup", "Supervisor"]
 
 log = logging.getLogger(__name__)
 
-ENGINE, GATEWAY = "the engine", "the gateway"
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSetup:
-    """How to start engine and ranks.
-
-    rank: the setup of each rank; rank number, generation and rendezvous are filled in here.
-    runtime_folder: private to this service. max_restarts: times a lost group is started again.
-    start_timeout_seconds: until every rank is ready.
-    joined: Ray is not our own. remote_ranks_port: where ranks of other hosts find the gateway; 0: a free one.
-    """
-
-    rank: RankSetup
-    limits: BatchLimits
-    runtime_folder: Path
-    max_restarts: int
-    start_timeout_seconds: float
-    joined: bool = False
-    remote_ranks_port: int = 0
+BLAME_SECONDS = 0.2
+"""How much later than Ray the engine may tell which rank was lost first: others fail because of it."""
 
 
 class Supervisor:
@@ -60,13 +38,15 @@ class Supervisor:
     def __init__(self, setup: PoolSetup, link: EngineLink) -> None:
         self._setup = setup
         self._link = link
-        self._secret = new_secret()
+        self._actors = Actors(setup)
+        self._degrades = setup.on_rank_loss == "degrade"
+        ranks, experts = setup.rank.ranks, setup.rank.spec.num_experts
+        self._ladder = Ladder(ranks, experts, setup.max_restarts, self._degrades, self._all_experts_fit)
+        self._capacity_bytes = 0  # of the smallest rank
         self._generation = 0
         self._restarts = 0
-        self._engine: Any = None
-        self._group: list[Any] = []  # the actors of the current generation
-        self._runs: dict[str, asyncio.Future[None]] = {}
         self._places: Places | None = None
+        self._settled: list[RankPlace] = []
         self._changed = asyncio.Event()
 
     def on_status(self, status: EngineStatus) -> None:
@@ -79,144 +59,147 @@ class Supervisor:
         Raises: StartError with the reason when a rank or the engine fails, or at the start deadline.
         """
         self._places = Places(self._setup.rank.ranks, self._setup.rank.device)
-        self._start_engine()
-        await self._start_group(self._places)
+        self._actors.start_engine(1)
+        self._next_generation()
+        await self._start_group(self._places, patient=True)
 
     async def run(self) -> None:
-        """Watch over the group for ever: when a part of it is lost, replace the whole."""
+        """Replace the group whenever a part of it is lost, or a larger one can be had; returns when it is given up."""
         assert self._places is not None
-        reason = await self._until_lost()
         while True:
-            log.error("the rank group is lost: %s", reason)
-            if self._restarts >= self._setup.max_restarts:
-                self._kill(engine=False)
-                self._announce(failed=f"gave up after {self._restarts} restarts: {reason}")
-                return
-            self._restarts += 1
-            self._kill(engine=self._engine_died())
-            if self._engine is None:
-                self._start_engine()
-            try:
-                await self._start_group(self._places)
-            except StartError as error:  # it may hang for ever: it is lost, whatever the engine says
-                reason = f"rank group {self._generation} did not start: {error}"
-            else:
-                log.info("rank group %d is ready", self._generation)
-                reason = await self._until_lost()
+            loss = await self._until_lost(self._places)
+            if loss is None:
+                await self._replace_after_steps()
+                loss = await self._restarted(self._places)
+            while loss is not None:
+                log.error("the rank group is lost: %s", loss.reason)
+                if self._next_layout(loss) is None:
+                    self._actors.kill(engine=False)
+                    limit = self._setup.max_restarts
+                    self._announce(failed=f"gave up after {limit} restarts within an hour: {loss.reason}")
+                    return
+                self._actors.kill(engine=self._engine_died())
+                if not self._actors.has_engine:
+                    self._actors.start_engine(self._generation + 1)
+                self._next_generation()
+                loss = await self._restarted(self._places)
 
     async def close(self) -> None:
         """Kill the ranks and the engine."""
-        self._kill(engine=True)
+        self._actors.kill(engine=True)
         if self._places is not None:
             self._places.close()
 
-    def _start_engine(self) -> None:
-        path = self._setup.rank.socket_path
-        path.unlink(missing_ok=True)
-        name = f"engine-{self._generation + 1}"
-        self._engine = EngineActor.options(name=name, scheduling_strategy=this_node()).remote()
-        run = self._engine.run.remote(path, self._setup.limits, self._setup.rank.step_timeout_seconds)
-        self._runs = {ENGINE: asyncio.wrap_future(run.future())}
+    def _next_layout(self, loss: Loss) -> Layout | None:
+        now = asyncio.get_running_loop().time()
+        if loss.there is not None and (layout := self._ladder.gone(loss.there, now)) is not None:
+            return layout
+        return self._ladder.lost(loss.places, now) if loss.started else self._ladder.refused(loss.places, now)
 
-    async def _start_group(self, places: Places) -> None:
-        """Start the next generation and return when it is ready."""
+    def _next_generation(self, after_steps: bool = False) -> None:
+        self._restarts += self._generation > 0
         self._generation += 1
+        self._announce(after_steps=after_steps)
+
+    async def _restarted(self, places: Places) -> Loss | None:
+        """Start the group that was announced; returns why it is lost where it did not come up."""
+        layout = self._ladder.layout
+        if not self._ladder.complete:
+            setup = resized(self._setup.rank, len(layout.places), layout.missing)
+            log.warning(
+                "going on with %d of %d ranks, exchange %s, without %d experts",
+                *(setup.ranks, self._setup.rank.ranks, setup.exchange, len(setup.missing)),
+            )
+        try:
+            await self._start_group(places, patient=not self._degrades)
+        except NotStarted as error:  # it may hang for ever: it is lost, whatever the engine says
+            return replace(error.loss, reason=f"rank group {self._generation} did not start: {error}")
+        log.info("rank group %d is ready", self._generation)
+        return None
+
+    async def _start_group(self, places: Places, patient: bool) -> None:
+        """Start the generation that was announced and return when it is ready. patient: see `GroupStart`."""
+        timeout_seconds = self._setup.start_timeout_seconds
+        start = GroupStart(
+            actors=self._actors,
+            places=places,
+            link=self._link,
+            generation=self._generation,
+            layout=self._ladder.layout,
+            patient=patient,
+            deadline=asyncio.get_running_loop().time() + timeout_seconds,
+            timeout_seconds=timeout_seconds,
+            change=self._change,
+        )
+        self._settled = await start.settle()
+        self._actors.start_ranks(self._generation, places, self._settled, start.layout.missing)
+        await start.until_ready(self._settled)
+        self._capacity_bytes = min(info.capacity_bytes for info in self._link.status.ranks)
+        self._ladder.started()
+
+    async def _until_lost(self, places: Places) -> Loss | None:
+        """Wait until the group is lost, and return why; or None when the ladder has a larger one to try."""
+        loop = asyncio.get_running_loop()
+        look_again = loop.time() + RESTORE_SECONDS
+        while True:
+            loss = self._loss()
+            if loss is not None:
+                if not self._link.status.lost:
+                    await asyncio.sleep(BLAME_SECONDS)
+                return self._loss() or loss
+            if self._ladder.complete:
+                await self._change(None)
+            elif loop.time() < look_again:
+                await self._change(look_again - loop.time())
+            else:
+                look_again += RESTORE_SECONDS
+                if self._ladder.better(await places.there(), loop.time()) is not None:
+                    return None
+
+    async def _replace_after_steps(self) -> None:
+        """Announce a larger group, and kill the present one when its steps are done, or when it is lost."""
+        log.info("replacing the rank group by one of %d ranks", len(self._ladder.layout.places))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._setup.rank.step_timeout_seconds
+        last = self._generation
+        self._next_generation(after_steps=True)
+        while self._link.status.generation == last and self._loss(last) is None and loop.time() < deadline:
+            await self._change(deadline - loop.time())
+        self._actors.kill(engine=self._engine_died())
+        if not self._actors.has_engine:
+            self._actors.start_engine(self._generation)
         self._announce()
-        deadline = asyncio.get_running_loop().time() + self._setup.start_timeout_seconds
-        self._start_ranks(places, await places.settled(deadline))
-        await self._until_ready(deadline)
 
-    def _start_ranks(self, places: Places, settled: list[RankPlace]) -> None:
-        """Start a rank at each place, and a gateway where some are on other hosts."""
-        setup = replace(self._setup.rank, generation=self._generation)
-        if all(place.here for place in settled):
-            setup = replace(setup, rendezvous=self._setup.runtime_folder / f"group-{self._generation}")
-            hosts, gateway, gateway_port = [LOOPBACK] * len(settled), None, None
-        else:
-            one_host = len({place.address for place in settled}) == 1
-            hosts = [LOOPBACK if one_host else place.address for place in settled]
-            setup = replace(setup, rendezvous=Meeting(hosts[0], 0))
-            gateway, gateway_port = self._start_gateway()
-        actors = [self._rank_actor(places, rank, place) for rank, place in enumerate(settled)]
-        meeting_port = actors[0].meet.remote(hosts[0]) if isinstance(setup.rendezvous, Meeting) else None
-        for rank, (actor, place) in enumerate(zip(actors, settled, strict=True)):
-            mine = replace(setup, rank=rank, host=hosts[rank], gateway=None if place.here else gateway)
-            # Ray hands the ports to a rank when they are known.
-            run = actor.run.remote(mine, None if place.here else gateway_port, meeting_port)
-            self._runs[f"rank {rank}"] = asyncio.wrap_future(run.future())
+    def _loss(self, generation: int | None = None) -> Loss | None:
+        """Return why a generation is lost, the present one unless another is named."""
+        status = self._link.status
+        if status.lost and status.generation in (0, generation or self._generation):
+            lost = [info.rank for info in status.ranks if info.state == "lost"]
+            return Loss(status.reason, places_of(lost, self._settled))
+        ended = self._actors.ended()
+        if ended is None:
+            return None
+        return Loss(ended.reason, places_of(() if ended.rank is None else (ended.rank,), self._settled))
 
-    def _start_gateway(self) -> tuple[Address, Any]:
-        """Start the gateway; returns its address without the port, and the port when it is known."""
-        address = Address(this_address(), self._setup.remote_ranks_port, self._secret)
-        name = f"gateway-{self._generation}"
-        actor = GatewayActor.options(name=name, scheduling_strategy=this_node()).remote()
-        self._group.append(actor)
-        port = actor.listen.remote(address.host, address.port)
-        run = actor.run.remote(address, port, self._setup.rank.socket_path, self._setup.rank.ranks)
-        self._runs[GATEWAY] = asyncio.wrap_future(run.future())
-        return address, port
+    def _all_experts_fit(self, ranks: int) -> bool:
+        return self._setup.fits(self._setup.rank, ranks, self._capacity_bytes)
 
-    def _rank_actor(self, places: Places, rank: int, place: RankPlace) -> Any:
-        on_gpu = self._setup.rank.device == "cuda"
-        actor = RankActor.options(
-            name=f"rank-{rank}-of-group-{self._generation}",
-            num_gpus=1 if on_gpu else 0,
-            scheduling_strategy=places.strategy(place),
-            # Each rank sees the other GPUs of its host, to reach their memory; our own Ray has it from this process.
-            runtime_env={"env_vars": {SEE_ALL_GPUS: "1"}} if on_gpu and self._setup.joined else None,
-        ).remote()
-        self._group.append(actor)
-        return actor
-
-    def _announce(self, failed: str = "") -> None:
-        self._link.announce(Announce(self._generation, self._setup.rank.ranks, self._restarts, failed))
+    def _announce(self, failed: str = "", after_steps: bool = False) -> None:
+        layout = self._ladder.layout
+        ranks, lacking = len(layout.places), self._setup.rank.ranks - len(layout.places)
+        self._link.announce(
+            Announce(self._generation, ranks, self._restarts, failed, lacking, layout.missing, after_steps)
+        )
 
     def _engine_died(self) -> bool:
         # The closed socket tells within milliseconds, Ray up to seconds later.
         hung_up = self._link.status.lost and self._link.status.generation == 0
-        return hung_up or self._runs[ENGINE].done()
-
-    def _kill(self, engine: bool) -> None:
-        """Kill the group, and the engine if asked, and forget them."""
-        for actor in self._group + ([self._engine] if engine and self._engine is not None else []):
-            ray.kill(actor, no_restart=True)
-        kept = {} if engine else {who: run for who, run in self._runs.items() if who == ENGINE}
-        for who, run in self._runs.items():
-            if who not in kept:
-                run.cancel()
-        self._group = []
-        self._runs = kept
-        if engine:
-            self._engine = None
-
-    async def _until_ready(self, deadline: float) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            status = self._link.status
-            if status.ready and status.generation == self._generation:
-                return
-            ended = self._ended()
-            if ended is not None:
-                raise StartError(ended)
-            if loop.time() >= deadline:
-                seconds = self._setup.start_timeout_seconds
-                raise StartError(f"not ready after {seconds:g} s (start_timeout_seconds): {status.reason}")
-            await self._change(deadline - loop.time())
-
-    async def _until_lost(self) -> str:
-        while True:
-            ended = self._ended()
-            if ended is not None:
-                return ended
-            status = self._link.status
-            if status.lost and status.generation in (0, self._generation):
-                return status.reason
-            await self._change(None)
+        return hung_up or not self._actors.has_engine
 
     async def _change(self, timeout_seconds: float | None) -> None:
         """Wait until an actor's run ends or the engine reports something, at most `timeout_seconds`."""
         changed = asyncio.ensure_future(self._changed.wait())
-        waited: list[asyncio.Future[Any]] = [changed, *self._runs.values()]
+        waited: list[asyncio.Future[Any]] = [changed, *self._actors.runs]
         try:
             await asyncio.wait(waited, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -224,18 +207,3 @@ class Supervisor:
             with contextlib.suppress(asyncio.CancelledError):
                 await changed
         self._changed.clear()
-
-    def _ended(self) -> str | None:
-        """Return why an actor's run has ended, or None while all of them go on."""
-        for who, run in self._runs.items():
-            if run.done():
-                error = run.exception()
-                return f"{who} ended" if error is None else f"{who}: {_cause(error)}"
-        return None
-
-
-def _cause(error: BaseException) -> str:
-    """Return what went wrong inside an actor in one line."""
-    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-        return f"{type(error.cause).__name__}: {error.cause}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

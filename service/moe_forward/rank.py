@@ -3,21 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import w4afp8
+from moe_forward.copy_streams import AtOnce, Copies, Pending
+from moe_forward.expert_map import expert_map, place_routes, shard
 from moe_forward.experts import Experts
 from moe_forward.graphed_router import GraphedRouter
 from moe_forward.graphs import GraphedForward
 from moe_forward.layer_forward import LayerForward, StepCounts
 from moe_forward.router import Router
 from moe_forward.segments import Segment
-from moe_forward.slab_rows import Run, read_runs, to_host, wait, write_runs
-from moe_forward.stopwatch import Clock
-from moe_forward.types import ModelSpec, Routing, Step, StepResult, expert_range
+from moe_forward.slab_rows import Run, convert_runs, read_runs, to_host, write_runs
+from moe_forward.stopwatch import Clock, DeviceStopwatch, Untimed
+from moe_forward.types import ModelSpec, Routing, Step, StepResult
 from w4afp8 import Quantized
+
+
+class _Counted(NamedTuple):
+    """What a step leaves on the host beside its outputs.
+
+    bad_rows: [T] bool. counts: of the step. missing_rows: [T] int64 routes to missing experts; None: none is missing.
+    """
+
+    bad_rows: Tensor
+    counts: StepCounts
+    missing_rows: Tensor | None
+
+
+class Launched:
+    """A step under way: on a GPU its kernels and copies run on, on a CPU it is done.
+
+    pending: the copies that end it. tell: makes the result. held: device memory that the copies read, kept for them.
+    """
+
+    def __init__(
+        self, pending: Pending[_Counted], tell: Callable[[_Counted], StepResult], held: tuple[Tensor, ...]
+    ) -> None:
+        self._pending = pending
+        self._tell = tell
+        self._held = held
+        self.finished = False
+
+    def done(self) -> bool:
+        """Whether `finish` returns at once."""
+        return self._pending.done()
+
+    def finish(self) -> StepResult:
+        """Wait for this step, not for those behind it: its outputs are in the slabs, and nothing touches them now."""
+        result = self._tell(self._pending.result())
+        self._held = ()
+        self.finished = True
+        return result
 
 
 class Rank:
@@ -28,6 +69,8 @@ class Rank:
     forward: the layer over all ranks, as it is or as graphs; its shape says where this rank computes.
     start_clock: makes the clock of a step by its number.
     expert_metrics: report the rows of every expert with each step.
+    missing: ids of the experts that the group lacks; routes to them are counted and add nothing.
+    copies: between the slabs and where this rank computes.
     """
 
     def __init__(
@@ -40,6 +83,8 @@ class Rank:
         forward: LayerForward | GraphedForward,
         start_clock: Callable[[int], Clock],
         expert_metrics: bool = False,
+        missing: tuple[int, ...] = (),
+        copies: Copies | None = None,
     ) -> None:
         self._rank = rank
         self._ranks = ranks
@@ -50,20 +95,30 @@ class Rank:
         self._shape = forward.shape
         self._start_clock = start_clock
         self._expert_metrics = expert_metrics
-        self._local_experts = len(expert_range(rank, ranks, spec.num_experts))
+        self._copies = copies or AtOnce()
+        self._timed: Launched | None = None
+        self._local_experts = len(shard(rank, ranks, spec.num_experts, missing))
+        self._expert_map = expert_map(spec.num_experts, missing, self._shape.device) if missing else None
 
     def step(self, step: Step, slabs: Mapping[int, Tensor]) -> StepResult:
-        """Read this rank's rows, forward them with all other ranks, write the outputs.
+        """Launch a step and finish it. See `launch`."""
+        return self.launch(step, slabs).finish()
 
-        slabs: front end -> its memory as [bytes] uint8. Collective: every rank of the group is in the same step.
+    def launch(self, step: Step, slabs: Mapping[int, Tensor]) -> Launched:
+        """Read this rank's rows, forward them with all other ranks, write the outputs; on a GPU without waiting for it.
+
+        More steps may be launched before this one is finished. Phases that are timed keep their meaning: `host_copy`
+        runs beside the phases of other steps, so that phases can add up to more than the time between two steps.
+
+        slabs: front end -> its memory as [bytes] uint8. Collective: every rank launches the same steps in one order.
         """
-        clock = self._start_clock(step.step)
-        with clock("host_copy"):
-            runs = read_runs(step, self._rank, self._ranks, slabs, self._shape.device)
+        clock = self._clock(step.step)
+        runs = self._copies.read(partial(self._read, step, slabs, clock))
         with clock("quantize"):
             tokens, bad_tokens, requantized_tokens = self._quantize(runs)
         with clock("route"):
             topk_ids, topk_weights, bad_routes = self._route(step.layer, runs)
+            topk_ids, missing_rows = self._place(topk_ids)
         counts = StepCounts.zeros(self._shape)
         output = self._forward.forward(
             step.layer,
@@ -75,12 +130,38 @@ class Rank:
             most_tokens=-(-step.tokens // self._ranks),
             counts=counts,
         )
+        rows = convert_runs(output, runs)
+        counted = _Counted(bad_tokens | bad_routes, counts, missing_rows)
+        pending = self._copies.write(partial(_write, rows, runs, slabs, counted, clock))
+        # `tell` holds the rows that were read; both sides of every copy live until the step is finished.
+        tell = partial(self._tell, step, runs, clock, requantized_tokens)
+        held = (*rows, counted.bad_rows, counts.values, *(() if missing_rows is None else (missing_rows,)))
+        launched = Launched(pending, tell, held)
+        if isinstance(clock, DeviceStopwatch):
+            self._timed = launched
+        return launched
+
+    def _clock(self, step: int) -> Clock:
+        """Start a step's clock; while a timed step is not finished, the next one goes untimed.
+
+        Timed graphs share their events: another replay would write over figures that were not read yet.
+        """
+        clock = self._start_clock(step)
+        under_way = self._timed is not None and not self._timed.finished
+        return Untimed() if under_way and isinstance(clock, DeviceStopwatch) else clock
+
+    def _read(self, step: Step, slabs: Mapping[int, Tensor], clock: Clock) -> list[Run]:
         with clock("host_copy"):
-            write_runs(output, runs, slabs)
-            bad_rows, counted = to_host(bad_tokens | bad_routes), StepCounts(to_host(counts.values))
-        wait(self._shape.device)
-        dispatch_bytes, combine_bytes = counted.moved_bytes.tolist()
-        offsets = counted.offsets[: self._local_experts + 1]
+            return read_runs(step, self._rank, self._ranks, slabs, self._shape.device)
+
+    def _tell(
+        self, step: Step, runs: list[Run], clock: Clock, requantized_tokens: int, counted: _Counted
+    ) -> StepResult:
+        """Make the result of a step that is done."""
+        dispatch_bytes, combine_bytes = counted.counts.moved_bytes.tolist()
+        offsets = counted.counts.offsets[: self._local_experts + 1]
+        segments = [segment for run in runs for segment in run.segments]
+        missing = () if counted.missing_rows is None else _added(counted.missing_rows, segments, len(step.requests))
         return StepResult(
             step.step,
             step.generation,
@@ -88,10 +169,11 @@ class Rank:
             clock.phase_seconds,
             routed_rows=int(offsets[-1]),
             requantized_tokens=requantized_tokens,
-            non_finite=_requests_with(bad_rows, [segment for run in runs for segment in run.segments]),
+            non_finite=_requests_with(counted.bad_rows, segments),
             dispatch_bytes=dispatch_bytes,
             combine_bytes=combine_bytes,
             expert_rows=tuple(offsets.diff().tolist()) if self._expert_metrics else (),
+            missing_routes=missing,
         )
 
     def warm_up(self) -> None:
@@ -154,6 +236,10 @@ class Rank:
                 bad.append(routes.non_finite)
         return _joined(ids), _joined(weights), _joined(bad)
 
+    def _place(self, topk_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return ids as the group numbers experts and, where it lacks some, [T] int64 routes to those."""
+        return (topk_ids, None) if self._expert_map is None else place_routes(topk_ids, self._expert_map)
+
     def _wanting_shared(self, runs: list[Run]) -> Tensor | None:
         """Return [T] bool: rows whose request wants the shared experts' output; None where no row gets it."""
         segments = [segment for run in runs for segment in run.segments]
@@ -167,6 +253,15 @@ class Rank:
                 wanting[row : row + segment.tokens].fill_(True)
             row += segment.tokens
         return wanting
+
+
+def _write(
+    rows: list[Tensor], runs: list[Run], slabs: Mapping[int, Tensor], counted: _Counted, clock: Clock
+) -> _Counted:
+    with clock("host_copy"):
+        write_runs(rows, runs, slabs)
+        missing_rows = None if counted.missing_rows is None else to_host(counted.missing_rows)
+        return _Counted(to_host(counted.bad_rows), StepCounts(to_host(counted.counts.values)), missing_rows)
 
 
 def _floats(run: Run) -> Tensor:
@@ -183,6 +278,15 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _requests_with(bad_rows: Tensor, segments: list[Segment]) -> tuple[int, ...]:
     """Return the indexes of the requests that own a flagged row."""
-    lengths = [segment.tokens for segment in segments]
-    parts = torch.split(bad_rows, lengths) if segments else ()
+    if not bool(bad_rows.any()):
+        return ()
+    parts = torch.split(bad_rows, [segment.tokens for segment in segments])
     return tuple(segment.index for segment, part in zip(segments, parts, strict=True) if bool(part.any()))
+
+
+def _added(row_counts: Tensor, segments: list[Segment], requests: int) -> tuple[int, ...]:
+    """Add counts of rows up by request; empty where all of them are 0."""
+    totals = [0] * requests
+    for segment, part in zip(segments, torch.split(row_counts, [s.tokens for s in segments]), strict=True):
+        totals[segment.index] += int(part.sum())
+    return tuple(totals) if any(totals) else ()

@@ -7,33 +7,29 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
-from typing import TypeAlias
+from functools import partial
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from moe_forward import checkpoint, experts, memory_plan
+from moe_forward import checkpoint, experts
 from moe_forward.channel import BlockingChannel, connect
 from moe_forward.checkpoint.layout import CONFIG_FILE
 from moe_forward.errors import ChannelClosed, StartError
 from moe_forward.exchange import gpu_checks
 from moe_forward.exchange.deadline import deadline
+from moe_forward.expert_map import hull
 from moe_forward.experts import Experts
+from moe_forward.heartbeat import beating
 from moe_forward.interfaces import interface_of
-from moe_forward.messages import AttachSlab, DetachSlab, Message, RankHello
-from moe_forward.rank import Rank
-from moe_forward.rank_setup import RankSetup, join_group
+from moe_forward.messages import Heartbeat, Message, RankHello
+from moe_forward.rank_loop import Channel, RankLoop
+from moe_forward.rank_setup import RankSetup, join_group, planned_memory
 from moe_forward.remote_channel import RemoteChannel
 from moe_forward.router import Router
-from moe_forward.slab_rows import attach, detach
-from moe_forward.types import RankInfo, Step, StepResult, expert_range
+from moe_forward.types import RankInfo
 
 log = logging.getLogger(__name__)
-
-Channel: TypeAlias = BlockingChannel | RemoteChannel
-"""To an engine on this host, or on another."""
 
 JOIN_SECONDS = 60.0
 JOIN_POLL_SECONDS = 0.05
@@ -54,12 +50,13 @@ def run_rank(setup: RankSetup) -> None:
     check_folder(setup)
     torch.set_num_threads(setup.threads)
     device = torch.device(setup.device)
+    capacity_bytes = 0
     if device.type == "cuda":
         gpu_checks.use_device(device)
-        check_memory(setup)
+        capacity_bytes = check_memory(setup)
     started = time.monotonic()
     experts.check(setup.experts, device)
-    mine = expert_range(setup.rank, setup.ranks, setup.spec.num_experts)
+    mine = setup.experts_held
     local_experts, router, weight_bytes = _load(setup, mine, device)
     with deadline(setup.start_timeout_seconds, f"rank {setup.rank}: joining its group and warming up"):
         rank = join_group(setup, router, local_experts)
@@ -71,16 +68,18 @@ def run_rank(setup: RankSetup) -> None:
         pid=os.getpid(),
         node=socket.gethostname(),
         device=setup.device,
-        experts=(mine.start, mine.stop),
+        experts=hull(mine),
         memory_bytes=weight_bytes,
         load_seconds=time.monotonic() - started,
+        capacity_bytes=capacity_bytes,
         **_gpu_memory(device, weight_bytes),
     )
     hello = RankHello(setup.generation, info, setup.exchange, setup.experts)
     try:
         channel, message, fds = _meet_engine(setup, hello)
-        with contextlib.closing(channel):
-            _serve(channel, message, fds, rank, setup)
+        beat = partial(channel.send, Heartbeat(setup.generation, setup.rank))
+        with contextlib.closing(channel), beating(beat, setup.rank_silence_seconds):
+            RankLoop(channel, rank, setup.rank, device).serve(message, fds)
     except ChannelClosed:
         log.info("rank %d: the engine hung up", setup.rank)
     # Not after an error: a broken step leaves collectives unfinished, and leaving the group would wait for them.
@@ -100,15 +99,13 @@ def check_folder(setup: RankSetup) -> None:
         )
 
 
-def check_memory(setup: RankSetup) -> None:
-    """Compare what this rank will need with what its GPU has free, before anything is loaded.
+def check_memory(setup: RankSetup) -> int:
+    """Compare what this rank will need with what its GPU has free, before anything is loaded; returns the bytes free.
 
     Raises: StartError with the numbers where it does not fit.
     """
     device = torch.device(setup.device)
-    plan = memory_plan.plan(
-        setup.spec, setup.ranks, setup.exchange, setup.experts, setup.max_tokens, setup.activation_scale
-    )
+    plan = planned_memory(setup)
     patience_seconds = FREE_MEMORY_SECONDS if setup.generation > 1 else 0.0
     give_up = time.monotonic() + patience_seconds
     while True:
@@ -120,10 +117,10 @@ def check_memory(setup: RankSetup) -> None:
                 raise
             time.sleep(1.0)
         else:
-            return
+            return free_bytes
 
 
-def _load(setup: RankSetup, mine: range, device: torch.device) -> tuple[Experts, Router, int]:
+def _load(setup: RankSetup, mine: tuple[int, ...], device: torch.device) -> tuple[Experts, Router, int]:
     """Bring this rank's weights to where it computes; returns experts, router and the bytes they hold."""
     on_gpu = device.type == "cuda"
     with tqdm(
@@ -179,36 +176,3 @@ def _call_engine(setup: RankSetup) -> Channel:
     if setup.gateway is not None:
         return RemoteChannel(setup.gateway, setup.rank, setup.ranks)
     return BlockingChannel(connect(setup.socket_path))
-
-
-def _serve(channel: Channel, message: Message, fds: list[int], rank: Rank, setup: RankSetup) -> None:
-    device = torch.device(setup.device)
-    slabs: dict[int, Tensor] = {}
-    try:
-        while True:
-            if isinstance(message, Step):
-                channel.send(_step(channel, message, rank, slabs, setup.rank))
-            elif isinstance(message, AttachSlab):
-                (fd,) = fds
-                slabs[message.front] = attach(fd, message.slab_bytes, device)
-                os.close(fd)
-            elif isinstance(message, DetachSlab):
-                if message.front in slabs:
-                    detach(slabs.pop(message.front), device)
-            else:
-                raise TypeError(f"the engine sent a {type(message).__name__}, which ranks do not take")
-            message, fds = channel.receive()
-    except ChannelClosed:
-        for slab in slabs.values():
-            detach(slab, device)
-        raise
-
-
-def _step(channel: Channel, step: Step, rank: Rank, slabs: Mapping[int, Tensor], number: int) -> StepResult:
-    """Do a step; what breaks it is told to the engine before it ends this process."""
-    try:
-        return rank.step(step, slabs)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"[:2000]
-        channel.send(StepResult(step.step, step.generation, number, (), 0, error=reason))
-        raise

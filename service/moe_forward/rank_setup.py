@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from moe_forward import exchange
+from moe_forward import exchange, memory_plan
+from moe_forward.copy_streams import copies_of
 from moe_forward.cuda_graphs import CudaGraphs
 from moe_forward.exchange import Meeting
+from moe_forward.expert_map import held_experts, shard
 from moe_forward.experts import Experts
 from moe_forward.graphed_router import GraphedRouter
 from moe_forward.graphs import GraphedForward
 from moe_forward.handshake import Address
 from moe_forward.layer_forward import LayerForward, TokenShape
+from moe_forward.memory_plan import MemoryPlan
 from moe_forward.rank import Rank
 from moe_forward.router import Router
 from moe_forward.stopwatch import Clock, start_clock
@@ -38,6 +41,8 @@ class RankSetup:
     expert_metrics: report the rows of every expert with each step.
     on_load_scales: of experts that are quantized while loading, as `moe-forward quantize --scales` takes them.
     host: this host's address towards the other ranks. gateway: where to reach an engine of another host.
+    missing: ids of experts that nobody in the group holds.
+    rank_silence_seconds: after which the engine takes a rank for lost that sends no heartbeat.
     """
 
     rank: int
@@ -61,18 +66,59 @@ class RankSetup:
     on_load_scales: Literal["rtn", "search"] = "rtn"
     host: str = LOOPBACK
     gateway: Address | None = None
+    missing: tuple[int, ...] = ()
+    rank_silence_seconds: float = 10.0
+
+    @property
+    def experts_held(self) -> tuple[int, ...]:
+        """Ids of the experts that this rank holds, ascending."""
+        return shard(self.rank, self.ranks, self.spec.num_experts, self.missing)
+
+
+def resized(setup: RankSetup, ranks: int, missing: tuple[int, ...]) -> RankSetup:
+    """Return the setup for a group of so many ranks, without some experts.
+
+    A rank takes no more tokens at once than before, so that its buffers do not grow where memory becomes scarce. Fewer
+    ranks do without DeepEP: its kernels are compiled for a number of ranks, which takes minutes and a compiler.
+    """
+    exchange_name = setup.exchange
+    if ranks < setup.ranks:
+        exchange_name = "local" if ranks == 1 else "nccl" if exchange_name == "deepep" else exchange_name
+    return replace(setup, ranks=ranks, exchange=exchange_name, missing=missing)
+
+
+def planned_memory(setup: RankSetup) -> MemoryPlan:
+    """Work out what the rank that holds most will need."""
+    return memory_plan.plan(
+        setup.spec,
+        setup.ranks,
+        setup.exchange,
+        setup.experts,
+        setup.max_tokens,
+        setup.activation_scale,
+        missing_experts=len(setup.missing),
+    )
+
+
+def all_experts_fit(setup: RankSetup, ranks: int, capacity_bytes: int) -> bool:
+    """Tell whether `ranks` ranks can hold all experts.
+
+    capacity_bytes: of each rank's GPU; 0 for ranks on CPU, whose weights are mapped files and need not fit.
+    """
+    return capacity_bytes == 0 or planned_memory(resized(setup, ranks, ())).total_bytes <= capacity_bytes
 
 
 def join_group(setup: RankSetup, router: Router, local_experts: Experts) -> Rank:
     """Join the group of ranks, which returns when all have, and make this rank of it."""
     spec, device = setup.spec, torch.device(setup.device)
     columns = 1 if setup.activation_scale == "token" else spec.hidden_size // SCALE_GROUP
+    num_experts = len(held_experts(spec.num_experts, setup.missing))
     group = exchange.create(
         setup.exchange,
         exchange.Place(
             rank=setup.rank,
             ranks=setup.ranks,
-            num_experts=spec.num_experts,
+            num_experts=num_experts,
             rendezvous=setup.rendezvous,
             timeout_seconds=setup.step_timeout_seconds,
             device=device,
@@ -83,16 +129,17 @@ def join_group(setup: RankSetup, router: Router, local_experts: Experts) -> Rank
         ),
     )
     shared = spec.shared_intermediate_size > 0
-    shape = TokenShape(spec.hidden_size, spec.top_k, spec.num_experts, columns, shared, device)
+    shape = TokenShape(spec.hidden_size, spec.top_k, num_experts, columns, shared, device)
     plain = LayerForward(group, local_experts, shape)
 
     def clock(step: int) -> Clock:
         return start_clock(step, device, setup.phase_sample_steps)
 
+    who, copies = (setup.rank, setup.ranks, spec), copies_of(device)
     if not group.pads:
-        return Rank(setup.rank, setup.ranks, spec, router, local_experts, plain, clock, setup.expert_metrics)
+        return Rank(*who, router, local_experts, plain, clock, setup.expert_metrics, setup.missing, copies)
     graph_tokens = min(setup.max_graph_tokens, setup.max_tokens) if local_experts.capturable else 0
     graphs = CudaGraphs()
     forward = GraphedForward(plain, setup.max_tokens, graph_tokens, setup.phase_sample_steps > 0, graphs)
     graphed_router = GraphedRouter(router, graph_tokens, graphs)
-    return Rank(setup.rank, setup.ranks, spec, graphed_router, local_experts, forward, clock, setup.expert_metrics)
+    return Rank(*who, graphed_router, local_experts, forward, clock, setup.expert_metrics, setup.missing, copies)

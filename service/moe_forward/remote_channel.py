@@ -7,8 +7,12 @@ are taken from the system when they are first touched. `moe_forward.gateway` is 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
+import threading
 
+from moe_forward.errors import ChannelClosed
 from moe_forward.frames import FramedSocket, views
 from moe_forward.handshake import Address, call
 from moe_forward.messages import AttachSlab, DetachSlab, Message
@@ -20,6 +24,11 @@ from moe_forward.types import Step, StepResult
 class RemoteChannel:
     """What a `BlockingChannel` is to a rank of the engine's host.
 
+    A thread of its own reads whatever comes at once, also while the rank computes: rows that nobody reads would close
+    TCP's window, and a window closed for longer than `frames.SILENCE_SECONDS` ends the connection. Rows of a next step
+    never lie where an earlier one's do, since its requests keep their extents of the slab until it is answered; how
+    much waits here is bounded by how many steps the engine has under way.
+
     address: of the gateway on the engine's host. rank, ranks: whose rows travel.
     Raises: OSError when nobody listens there; ChannelClosed when it is not this service's gateway.
     """
@@ -28,37 +37,83 @@ class RemoteChannel:
         self._peer = FramedSocket(call(address))
         self._rank = rank
         self._ranks = ranks
-        self._mirrors: dict[int, memoryview] = {}
-        self._outputs: list[memoryview] = []
+        self._mirrors: dict[int, memoryview] = {}  # the reader's alone
+        self._outputs: dict[int, list[memoryview]] = {}  # by step; there before the step is in `_come`
+        self._sending = threading.Lock()
+        self._come: queue.SimpleQueue[tuple[Message, list[int]] | Exception] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name=f"reader of rank {rank}", daemon=True)
+        self._reader.start()
+
+    def ready(self) -> bool:
+        """Whether `receive` would return, or raise, at once."""
+        return not self._come.empty()
 
     def receive(self) -> tuple[Message, list[int]]:
         """Wait for the next message; a step's rows are in the mirrors when it returns.
 
         Returns: the message, and with `AttachSlab` the mirror's descriptor, which the caller closes.
-        Raises: ChannelClosed when the engine's host is gone, or sends what does not fit.
+        Raises: ChannelClosed, once all that came before is taken, when the engine's host is gone or sends what does
+            not fit; OSError when this host has no memory for a mirror.
         """
+        come = self._come.get()
+        if isinstance(come, Exception):
+            self._come.put(come)  # the end stays the end
+            raise come
+        return come
+
+    def send(self, message: Message) -> None:
+        """Send one message, and behind a step's result the rows of its outputs. Another thread may send too.
+
+        Raises: ChannelClosed when the other end is gone.
+        """
+        rows: list[memoryview] = []
+        if isinstance(message, StepResult):
+            outputs = self._outputs.pop(message.step)
+            rows = [] if message.error else outputs
+        with self._sending:
+            self._peer.send(message, rows)
+
+    def hang_up(self) -> None:
+        """End the connection, so that a thread that waits on it gets ChannelClosed; `close` is still to be called."""
+        self._peer.hang_up()
+
+    def close(self) -> None:
+        """Close our end, and the descriptors that nobody took."""
+        self._peer.hang_up()
+        self._reader.join()
+        self._peer.close()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                come = self._come.get_nowait()
+                for fd in () if isinstance(come, Exception) else come[1]:
+                    os.close(fd)
+        self._come.put(ChannelClosed("closed by this end"))
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._come.put(self._read_message())
+        except Exception as error:  # whatever it is, `receive` raises it
+            self._peer.hang_up()  # nobody reads any more
+            self._come.put(error)
+
+    def _read_message(self) -> tuple[Message, list[int]]:
         message = self._peer.receive()
         if isinstance(message, AttachSlab):
-            fd = os.memfd_create("moe-forward-mirror", os.MFD_CLOEXEC)
-            os.ftruncate(fd, message.slab_bytes)
-            self._mirrors[message.front] = memoryview(map_slab(fd, message.slab_bytes))
-            return message, [fd]
+            return message, [self._add_mirror(message)]
         if isinstance(message, DetachSlab):
             self._mirrors.pop(message.front, None)
         elif isinstance(message, Step):
-            self._outputs = views(self._mirrors, output_windows(message, self._rank, self._ranks))
+            self._outputs[message.step] = views(self._mirrors, output_windows(message, self._rank, self._ranks))
             self._peer.receive_rows(views(self._mirrors, input_windows(message, self._rank, self._ranks)))
         return message, []
 
-    def send(self, message: Message) -> None:
-        """Send one message, and behind a step's result the rows of its outputs; raises ChannelClosed as `receive`."""
-        done = isinstance(message, StepResult) and not message.error
-        self._peer.send(message, self._outputs if done else ())
-
-    def fileno(self) -> int:
-        """Return the socket's descriptor, to wait on several channels."""
-        return self._peer.fileno()
-
-    def close(self) -> None:
-        """Close our end."""
-        self._peer.close()
+    def _add_mirror(self, message: AttachSlab) -> int:
+        fd = os.memfd_create("moe-forward-mirror", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, message.slab_bytes)
+            self._mirrors[message.front] = memoryview(map_slab(fd, message.slab_bytes))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd

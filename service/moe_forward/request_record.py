@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe_forward.errors import ErrorCode
 from moe_forward.types import ForwardResult
+
+_NOT_LOGGED = ("sampled", "moments", "result")
 
 
 @dataclass(slots=True)
@@ -60,6 +63,10 @@ class RequestRecord:
 
     def fields(self) -> dict[str, Any]:
         """Return what the log line of the request says, the code as its slug."""
-        names = [field.name for field in dataclasses.fields(self) if field.name not in ("sampled", "moments", "result")]
-        fields = {name: getattr(self, name) for name in names}
-        return {**fields, "code": None if self.code is None else self.code.slug}
+        fields = dict(zip(_LOGGED, _logged_values(self), strict=True))
+        fields["code"] = None if self.code is None else self.code.slug
+        return fields
+
+
+_LOGGED = tuple(field.name for field in dataclasses.fields(RequestRecord) if field.name not in _NOT_LOGGED)
+_logged_values = operator.attrgetter(*_LOGGED)

@@ -8,30 +8,24 @@ import logging
 import os
 import signal
 import socket
-import ssl
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
 
 from moe_forward import checkpoint, devices, exchange, experts, memory_plan, tracing
-from moe_forward.api import (
-    LiveContext,
-    TlsFiles,
-    allow_connections,
-    create_app,
-    listening,
-    read_keys,
-    server_settings,
-)
+from moe_forward.api import allow_connections, listening, read_keys
 from moe_forward.batcher import BatchLimits
 from moe_forward.cluster import cluster_gpus, joined_ray, own_ray
 from moe_forward.config import Config, parse_layers
 from moe_forward.errors import ConfigError, StartError
 from moe_forward.expert_tokens import check_series
+from moe_forward.front import Front, load_tls
+from moe_forward.front_samples import MergedSamples
+from moe_forward.front_task import FrontTask
+from moe_forward.fronts import Fronts
 from moe_forward.link import EngineLink
 from moe_forward.metrics import Metrics
 from moe_forward.pool import PoolSetup, Supervisor
@@ -40,8 +34,6 @@ from moe_forward.slab import Slab
 from moe_forward.types import EngineStatus, ModelSpec
 
 log = logging.getLogger(__name__)
-
-DRAIN_POLL_SECONDS = 0.02
 
 
 def serve(config: Config, runtime_folder: Path) -> None:
@@ -53,7 +45,7 @@ def serve(config: Config, runtime_folder: Path) -> None:
     admin_token = _read_token(config.admin_token_file)
     if config.api_keys_file is not None:
         read_keys(config.api_keys_file)  # the application reads them again, when it follows their changes
-    tls = _tls(config)
+    load_tls(config)  # front ends load it again, and follow its changes
     if config.trace_endpoint is not None:
         tracing.check_installed()
     folder = checkpoint.resolve_model(config.model)
@@ -68,12 +60,13 @@ def serve(config: Config, runtime_folder: Path) -> None:
         allow_connections(config.max_connections)
         registry = CollectorRegistry()
         metrics = Metrics(registry, expert_metrics=config.expert_metrics, tracing=config.trace_endpoint is not None)
+        merged = None if config.frontends == 1 else MergedSamples(registry)
         with (
             listening(config.host, config.port) as listener,
-            _metrics(config, registry) as metrics_port,
+            _metrics(config, registry if merged is None else merged.registry) as metrics_port,
             _own_ray(config, setup),
         ):
-            uvloop.run(_serve(config, spec, setup, listener, metrics_port, metrics, admin_token, tls))
+            uvloop.run(_serve(config, spec, setup, listener, metrics_port, metrics, merged, admin_token))
 
 
 def _joined_ray(config: Config) -> contextlib.AbstractContextManager[None]:
@@ -95,25 +88,26 @@ async def _serve(
     listener: socket.socket,
     metrics_port: int,
     metrics: Metrics,
+    merged: MergedSamples | None,
     admin_token: str | None,
-    tls: ssl.SSLContext | None,
 ) -> None:
-    link = EngineLink(setup.rank.socket_path, Slab(config.slab_bytes))
-    # After Ray: it forks to start its processes, and the tracer has a thread.
-    tracer = (
-        None if config.trace_endpoint is None else tracing.start_tracer(config.trace_endpoint, metrics.export_failed)
-    )
-    app = create_app(config, spec, link, metrics, admin_token, tracer)
-    supervisor = Supervisor(setup, link)
-    _also_tell(link, supervisor)
-    server = _Server(server_settings(app, config, tls))
+    # After Ray: it forks to start its processes, and a front end's tracer has a thread.
+    path = setup.rank.socket_path
+    if merged is None:
+        link = EngineLink(path, Slab(config.slab_bytes))
+        fronts: Front | Fronts = Front(config, spec, link, metrics, admin_token, load_tls(config), [listener])
+    else:
+        log.info("%d front ends with %.2f GB of shared memory each", config.frontends, config.slab_bytes / 1e9)
+        what = FrontTask(0, config, spec, path, admin_token, draining=False)
+        fronts = Fronts(what, config.frontends, listener, metrics, merged)
+    supervisor = Supervisor(setup, fronts.link)
+    _also_tell(fronts.link, supervisor)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
-    link.start()
-    http = asyncio.create_task(server.serve(sockets=[listener]))
-    run = asyncio.create_task(_start_and_watch(config, spec, supervisor, listener, metrics_port))
+    http = asyncio.create_task(fronts.serve())
+    run = asyncio.create_task(_start_and_watch(config, spec, supervisor, fronts, listener, metrics_port))
     stopped = asyncio.create_task(stop.wait())
     try:
         done, _ = await asyncio.wait([http, run, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -122,43 +116,28 @@ async def _serve(
             done, _ = await asyncio.wait([http, stopped], return_when=asyncio.FIRST_COMPLETED)  # gave up: live says so
         if http in done:
             await http  # raises what ended the front end
-        app.state.drain()
-        await _until_answered(link, config.drain_timeout_seconds)
+        await fronts.drain(config.drain_timeout_seconds)
     finally:
         for task in (run, stopped):
             task.cancel()
-        server.should_exit = True
+        fronts.end()
         await asyncio.gather(http, run, stopped, return_exceptions=True)
         await supervisor.close()
-        await link.close()
-        if tracer is not None:
-            await asyncio.to_thread(tracer.close)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the service drains first."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+        await fronts.close()
 
 
 async def _start_and_watch(
-    config: Config, spec: ModelSpec, supervisor: Supervisor, listener: socket.socket, metrics_port: int
+    config: Config,
+    spec: ModelSpec,
+    supervisor: Supervisor,
+    fronts: Front | Fronts,
+    listener: socket.socket,
+    metrics_port: int,
 ) -> None:
     await supervisor.start()
+    await fronts.up()
     _greet(config, spec, listener.getsockname()[1], metrics_port)
     await supervisor.run()
-
-
-async def _until_answered(link: EngineLink, timeout_seconds: float) -> None:
-    """Wait for the requests in flight."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout_seconds
-    while link.inflight and loop.time() < deadline:
-        await asyncio.sleep(DRAIN_POLL_SECONDS)
-    if link.inflight:
-        log.warning("stopping with %d requests in flight after %g s", link.inflight, timeout_seconds)
 
 
 def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: Path) -> PoolSetup:
@@ -198,6 +177,7 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         max_graph_tokens=config.max_graph_tokens,
         phase_sample_steps=config.phase_sample_steps,
         step_timeout_seconds=config.step_timeout_seconds,
+        rank_silence_seconds=config.rank_silence_seconds,
         start_timeout_seconds=config.start_timeout_seconds,
         expert_metrics=config.expert_metrics,
         on_load_scales=config.on_load_scales,
@@ -208,6 +188,7 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         config.max_wait_us * 1e-6,
         config.max_queue_requests,
         config.max_queue_tokens,
+        config.max_steps_in_flight,
     )
     return PoolSetup(
         rank,
@@ -217,6 +198,7 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         config.start_timeout_seconds,
         joined=config.ray_address is not None,
         remote_ranks_port=config.remote_ranks_port,
+        on_rank_loss=config.on_rank_loss,
     )
 
 
@@ -272,12 +254,6 @@ def _read_token(path: Path | None) -> str | None:
     if not token:
         raise ConfigError(f"admin_token_file {path} is empty")
     return token
-
-
-def _tls(config: Config) -> LiveContext | None:
-    if config.tls_certificate_file is None or config.tls_key_file is None:
-        return None
-    return LiveContext(TlsFiles(config.tls_certificate_file, config.tls_key_file, config.tls_client_ca_file))
 
 
 def _greet(config: Config, spec: ModelSpec, port: int, metrics_port: int) -> None:

@@ -36,7 +36,7 @@ class Slab:
         self.nbytes = nbytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         self.fd = os.memfd_create("moe-forward-slab", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, self.nbytes)
-        self._memory = map_slab(self.fd, self.nbytes)
+        self._memory = memoryview(map_slab(self.fd, self.nbytes))
         self._free: list[tuple[int, int]] = [(0, self.nbytes)]  # (offset, bytes), ascending, never adjacent
         self._taken: dict[int, int] = {}
 
@@ -78,7 +78,7 @@ class Slab:
         """Return the writable bytes [offset, offset + nbytes)."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise ValueError(f"[{offset}, {offset + nbytes}) is outside a slab of {self.nbytes} bytes")
-        return memoryview(self._memory)[offset : offset + nbytes]
+        return self._memory[offset : offset + nbytes]
 
     def close(self) -> None:
         """Close the descriptor; the mapping goes when its last view does."""

@@ -1,7 +1,8 @@
 """A rank's rows of a step: read out of the front ends' slabs, and the outputs written back into them.
 
-On a GPU, a slab is registered with CUDA once, so that copies run beside the host; they are asynchronous in both
-directions, and `wait` ends the step.
+On a CPU each byte of a body is copied once, into memory of the step, and each byte of an output once, from where it was
+converted to its type. On a GPU a slab is registered with CUDA once, so both copies are the device's own (DMA) from and
+to the slab, asynchronous, and the host touches no byte; `moe_forward.copy_streams` says when they have ended.
 """
 
 from __future__ import annotations
@@ -101,14 +102,25 @@ def read_runs(step: Step, rank: int, ranks: int, slabs: Mapping[int, Tensor], de
     return runs
 
 
-def write_runs(output: Tensor, runs: list[Run], slabs: Mapping[int, Tensor]) -> None:
-    """Write each request's rows of `output` [T, H] to where it wants them, in its float type.
+def convert_runs(output: Tensor, runs: list[Run]) -> list[Tensor]:
+    """Return each run's rows of `output` [T, H] in its requests' float type, as [n, bytes] uint8 of their own memory.
+
+    Own, since the next step may write over `output` while these rows leave for their slabs.
+    """
+    rows = []
+    for run in runs:
+        dtype = _TORCH[run.segments[0].request.output.dtype]
+        part = output[run.first : run.first + run.tokens]
+        rows.append(part.to(dtype, copy=True, memory_format=torch.contiguous_format).view(torch.uint8))
+    return rows
+
+
+def write_runs(rows: list[Tensor], runs: list[Run], slabs: Mapping[int, Tensor]) -> None:
+    """Write each request's rows, as `convert_runs` returned them, to where it wants them.
 
     On a GPU the copies are under way on return.
     """
-    for run in runs:
-        rows = output[run.first : run.first + run.tokens].to(_TORCH[run.segments[0].request.output.dtype])
-        data = rows.contiguous().view(torch.uint8)
+    for run, data in zip(runs, rows, strict=True):
         row = 0
         for segment in run.segments:
             target = _bytes(slabs, segment, segment.request.output)
@@ -117,16 +129,16 @@ def write_runs(output: Tensor, runs: list[Run], slabs: Mapping[int, Tensor]) -> 
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Bring a small tensor to the host; it can be read after `wait`."""
+    """Bring a small tensor to the host; on a GPU the copy is under way on return."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def wait(device: torch.device) -> None:
-    """Wait until everything that was started on `device` is done."""
+    """Wait until everything that was started on `device`, on any stream, is done."""
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+        torch.cuda.synchronize(device)
 
 
 def _form(request: ForwardRequest) -> tuple[object, ...]:

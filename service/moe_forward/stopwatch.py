@@ -119,8 +119,8 @@ def start_clock(step: int, device: torch.device, sample_steps: int) -> Clock:
 def graph_pairs() -> Callable[[str], tuple[Event, Event]]:
     """Return a source of event pairs for captures: one pair a phase, which every graph of a rank records again.
 
-    They are external, so that a capture makes them nodes of the graph and each replay records them. Only one replay
-    runs at a time and its figures are read before the next, so all graphs share them.
+    They are external, so that a capture makes them nodes of the graph and each replay records them. All graphs share
+    them, so a timed graph may be replayed only when the figures of the one before have been read (`Rank.launch`).
     """
     pairs: dict[str, tuple[Event, Event]] = {}
 

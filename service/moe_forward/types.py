@@ -110,6 +110,7 @@ class ForwardRequest:
     routing: TOPK reads `chosen` as ids [T, K] I32 or I64 and `weights` [T, K] F32; LOGITS reads `chosen` as
         router logits [T, E] F32 or BF16; SERVER reads neither.
     output: [T, H] where the ranks write the result.
+    client: stable 64-bit number of who sent it, for fairness; the same from every front end.
     """
 
     front: int
@@ -124,6 +125,7 @@ class ForwardRequest:
     chosen: TensorRef | None
     weights: TensorRef | None
     output: TensorRef
+    client: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,8 @@ class StepResult:
     error: empty, or why this rank could not do the step (its group is then lost).
     dispatch_bytes, combine_bytes: payload that came from other ranks, and that went back to them.
     expert_rows: rows of each of this rank's experts in id order; empty unless `expert_metrics` is set.
+    missing_routes: for each of `Step.requests`, routes of the rows this rank read to experts that its group lacks;
+        empty where there are none.
     """
 
     step: int
@@ -170,6 +174,7 @@ class StepResult:
     dispatch_bytes: int = 0
     combine_bytes: int = 0
     expert_rows: tuple[int, ...] = ()
+    missing_routes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +182,10 @@ class RankInfo:
     """A rank as `GET /v1/ranks` and `/v1/placement` show it.
 
     state: starting, ready or lost. since: Unix time of the last change of state.
-    device: cpu or cuda:0 and so on. experts: ids [first, last) of every layer it holds. memory_bytes: weights it holds.
+    device: cpu or cuda:0 and so on. memory_bytes: weights it holds.
+    experts: ids [first, last) of every layer it holds, without those in `EngineStatus.missing`.
     buffer_bytes, free_bytes: of its GPU once it is warm, what is taken beside the weights and what is left; 0 on CPU.
+    capacity_bytes: of its GPU that were free before it loaded anything; 0 on CPU.
     """
 
     rank: int
@@ -192,6 +199,7 @@ class RankInfo:
     buffer_bytes: int = 0
     free_bytes: int = 0
     load_seconds: float = 0.0
+    capacity_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +210,8 @@ class EngineStatus:
         group cannot come back by itself.
     lost: a rank of `generation` died or hung, and the group waits to be started again.
     backend, kernel: the exchange and the experts that the ranks chose.
+    lacking_ranks: how many fewer ranks the group has than were asked for.
+    missing: ids of the experts that no rank of the group holds, ascending; routes to them add nothing.
     """
 
     ready: bool = False
@@ -212,6 +222,13 @@ class EngineStatus:
     restarts: int = 0
     backend: str = ""
     kernel: str = ""
+    lacking_ranks: int = 0
+    missing: tuple[int, ...] = ()
+
+    @property
+    def missing_experts(self) -> int:
+        """How many experts the group lacks."""
+        return len(self.missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +236,12 @@ class ForwardResult:
     """How a request ended, as the engine tells its front end.
 
     code: None when the output is in the slab, else why not, with `message` and `retry_after_seconds`.
-    queue_seconds, step_seconds: waiting and computing. batch_tokens, batch_requests: the step it was part of.
+    queue_seconds: from its arrival until its step could begin, be it in the queue or, sent ahead, behind another step.
+    step_seconds: from when the step could begin (sent, and the one before it done) until all ranks had answered.
+    batch_tokens, batch_requests: the step it was part of.
     held: ranks of a lost group may still touch the request's bytes; a `Released` message follows when they are gone.
     step, generation: the step it was part of, and its rank group; None and 0 for a request that no step answered.
+    missing_experts: that this group lacked. missing_routes: routes of the request to them, which added nothing.
     """
 
     front: int
@@ -236,6 +256,8 @@ class ForwardResult:
     held: bool = False
     step: int | None = None
     generation: int = 0
+    missing_routes: int = 0
+    missing_experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

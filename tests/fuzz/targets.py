@@ -9,14 +9,17 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from uvicorn.server import ServerState
 
+from moe_forward.api.body import ClientDisconnected
 from moe_forward.api.connections import server_settings
 from moe_forward.api.keys import parse_keys
+from moe_forward.api.peer import EXTENSION
 from moe_forward.checkpoint.index import read_header
 from moe_forward.config import Config
 from moe_forward.errors import CheckpointError, ConfigError, ForwardError
@@ -78,14 +81,23 @@ def fuzz_http(data: bytes) -> None:
     connection.connection_made(transport)
     cut = data[0] if data else 0
     for part in (data[1 : 1 + cut], data[1 + cut :]):
-        if part and not transport.closing:
-            connection.data_received(part)
-            _loop().run_until_complete(asyncio.sleep(0))
+        _arrive(connection, transport, part)
     for _ in range(3):
         _loop().run_until_complete(asyncio.sleep(0))
     connection.connection_lost(None)
     _loop().run_until_complete(asyncio.sleep(0))
     assert not transport.written or transport.written.startswith(b"HTTP/1.1 ")
+
+
+def _arrive(connection: Any, transport: _Transport, data: bytes) -> None:
+    """Write `data` where the connection wants it, as far as it wants any."""
+    while data and transport.reading and not transport.closing:
+        room = memoryview(connection.get_buffer(-1))
+        count = min(len(room), len(data))
+        room[:count], data = data[:count], data[count:]
+        connection.buffer_updated(count)
+        for _ in range(3):
+            _loop().run_until_complete(asyncio.sleep(0))
 
 
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
@@ -119,6 +131,7 @@ def seeds(name: str) -> list[bytes]:
     ]
     message = json.dumps({"id": "1", "inputs": inputs, "parameters": {"layer": 1}}).encode()
     get = b"GET /v2 HTTP/1.1\r\nHost: h\r\n\r\n"
+    tensors = b"POST /v1/moe/forward HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc"
     post = b"POST /v2 HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc"
     chunked = b"POST /v2 HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
     return {
@@ -127,7 +140,13 @@ def seeds(name: str) -> list[bytes]:
         "oip": [len(message).to_bytes(2, "little") + message + bytes(32)],
         "checkpoint": files,
         "keys": [b"# keys\nalice:0123456789abcdef\n0123456789abcdefg\n"],
-        "http": [b"\x05" + get, b"\x20" + get + post + get, b"\x40" + chunked + get, b"\x01" + post + b"rubbish\r\n"],
+        "http": [
+            b"\x4a" + tensors + tensors + get,
+            b"\x05" + get,
+            b"\x20" + get + post + get,
+            b"\x40" + chunked + get,
+            b"\x01" + post + b"rubbish\r\n",
+        ],
     }[name]
 
 
@@ -165,6 +184,10 @@ class _Transport(asyncio.Transport):
         super().__init__()
         self.written = b""
         self.closing = False
+        self.reading = True
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self if name == "sslcontext" else default  # as under TLS: all that is written comes by `write`
 
     def write(self, data: bytes) -> None:  # type: ignore[override]
         self.written += data
@@ -182,14 +205,20 @@ class _Transport(asyncio.Transport):
         pass
 
     def pause_reading(self) -> None:
-        pass
+        self.reading = False
 
     def resume_reading(self) -> None:
-        pass
+        self.reading = True
 
 
 async def _echo(scope: Any, receive: Any, send: Any) -> None:
-    await receive()
+    peer = scope.get("extensions", {}).get(EXTENSION)
+    length = int(dict(scope["headers"]).get(b"content-length", 0))
+    if peer is None:
+        await receive()
+    elif 0 < length <= 4096:
+        with suppress(ForwardError, ClientDisconnected):
+            await peer.receive_body(memoryview(bytearray(length)), 60.0)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok", "more_body": False})
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import mmap
 import os
-import socket
 import tempfile
 import threading
 import time
@@ -22,7 +21,7 @@ from moe_forward.channel import BlockingChannel, connect, listen
 from moe_forward.engine import run_engine
 from moe_forward.errors import ChannelClosed
 from moe_forward.link import EngineLink
-from moe_forward.messages import Announce, AttachSlab, DetachSlab, RankHello
+from moe_forward.messages import Announce, AttachSlab, DetachSlab, Heartbeat, RankHello
 from moe_forward.remote_channel import RemoteChannel
 from moe_forward.slab import Extent, Slab, map_slab
 from moe_forward.types import (
@@ -67,8 +66,7 @@ class FakeRank:
 
     def kill(self) -> None:
         """Die: the engine sees the end of the socket."""
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._channel.fileno())) as same:
-            same.shutdown(socket.SHUT_RDWR)
+        self._channel.hang_up()
 
     def join(self) -> None:
         self._thread.join(HANG_SECONDS)
@@ -96,8 +94,16 @@ class FakeRank:
         seconds = (0.001,) * len(PHASES)
         return StepResult(step.step, step.generation, self.rank, seconds, 7, 0, non_finite, error)
 
+    def has_more(self) -> bool:
+        """Whether the engine has sent something that waits behind the step it does."""
+        return self._channel.ready()
+
     def say(self, result: StepResult) -> None:
         self._channel.send(result)
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        self._channel.send(Heartbeat(self.generation, self.rank))
 
     def _call_engine(self, path: Path) -> BlockingChannel | RemoteChannel:
         return BlockingChannel(connect(path))
@@ -136,7 +142,9 @@ class Front:
         self.link.on_status = self._on_status
         self._rng = np.random.default_rng(0)
 
-    def request(self, tokens: int = 2, layer: int = 3, timeout_seconds: float = 30.0) -> ForwardRequest:
+    def request(
+        self, tokens: int = 2, layer: int = 3, timeout_seconds: float = 30.0, client: int = 0
+    ) -> ForwardRequest:
         """Fill a new extent with random rows and describe it; the output follows the input."""
         extent = self.slab.allocate(2 * tokens * ROW_BYTES)
         assert extent is not None
@@ -145,7 +153,7 @@ class Front:
         number = self.link.next_request()
         deadline = time.monotonic() + timeout_seconds
         request = ForwardRequest(
-            0, number, layer, tokens, deadline, True, hidden, None, Routing.SERVER, None, None, output
+            0, number, layer, tokens, deadline, True, hidden, None, Routing.SERVER, None, None, output, client
         )
         self.rows(request, hidden)[:] = self._rng.standard_normal((tokens, COLUMNS), np.float32)
         self.rows(request, output)[:] = np.nan
@@ -198,12 +206,14 @@ class Pool:
         self.path = folder / "engine.sock"
         self.limits = BatchLimits(64, 16, 0.0, 8, 1000)
         self.step_timeout_seconds = 60.0
+        self.rank_silence_seconds: float | None = None
         self.ranks: list[FakeRank] = []
         self.fronts: list[Front] = []
         self._engine: asyncio.Task[None] | None = None
 
     def start_engine(self) -> None:
-        self._engine = asyncio.create_task(run_engine(listen(self.path), self.limits, self.step_timeout_seconds))
+        serving = run_engine(listen(self.path), self.limits, self.step_timeout_seconds, self.rank_silence_seconds)
+        self._engine = asyncio.create_task(serving)
 
     async def stop_engine(self) -> None:
         if self._engine is not None:
@@ -264,6 +274,9 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
+
+    def shut(self) -> None:
+        self._open.clear()
 
 
 @pytest.fixture

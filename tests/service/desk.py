@@ -36,7 +36,12 @@ class Desk:
         ref = TensorRef(self._end, dtype, columns)
         self._end += rows * columns * dtype.itemsize
         self._end += 1 - self._end % 2  # stay odd
+        assert self._end <= self.slab.nbytes, f"a slab of {self.slab.nbytes} bytes is too small for this test"
         return ref
+
+    def bytes(self, ref: TensorRef, rows: int) -> torch.Tensor:
+        """The memory itself, [bytes] uint8."""
+        return self.memory[ref.offset : ref.offset + rows * ref.columns * ref.dtype.itemsize]
 
     def get(self, ref: TensorRef, rows: int) -> torch.Tensor:
         data = self.slab.view(ref.offset, rows * ref.columns * ref.dtype.itemsize)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
 from moe_forward import experts
 from moe_forward.checkpoint import LayerWeights
+from moe_forward.copy_streams import Copies
 from moe_forward.cuda_graphs import Work
 from moe_forward.exchange import Exchange
 from moe_forward.graphed_router import GraphedRouter
@@ -16,7 +17,7 @@ from moe_forward.graphs import GraphedForward
 from moe_forward.layer_forward import LayerForward, TokenShape
 from moe_forward.rank import Rank
 from moe_forward.router import Router
-from moe_forward.stopwatch import Stopwatch
+from moe_forward.stopwatch import Clock, Stopwatch
 from moe_forward.types import ActivationScale, ModelSpec, expert_range
 
 CPU = torch.device("cpu")
@@ -31,6 +32,8 @@ def make_rank(
     layers: Mapping[int, LayerWeights],
     exchange: Exchange,
     granularity: ActivationScale,
+    copies: Copies | None = None,
+    start_clock: Callable[[int], Clock] = lambda step: Stopwatch(),
 ) -> Rank:
     """Make a rank of `ranks` with its part of the experts in `layers`, which has all."""
     mine = expert_range(rank, ranks, spec.num_experts)
@@ -46,10 +49,10 @@ def make_rank(
         exchange, backend, TokenShape(spec.hidden_size, spec.top_k, spec.num_experts, columns, shared, CPU)
     )
     if not exchange.pads:
-        return Rank(rank, ranks, spec, router, backend, plain, lambda step: Stopwatch(), expert_metrics=True)
+        return Rank(rank, ranks, spec, router, backend, plain, start_clock, expert_metrics=True, copies=copies)
     forward = GraphedForward(plain, MAX_TOKENS, MAX_GRAPH_TOKENS, timed=False, record=capture)
     graphed_router = GraphedRouter(router, MAX_GRAPH_TOKENS, capture)
-    return Rank(rank, ranks, spec, graphed_router, backend, forward, lambda step: Stopwatch(), expert_metrics=True)
+    return Rank(rank, ranks, spec, graphed_router, backend, forward, start_clock, expert_metrics=True, copies=copies)
 
 
 def capture(work: Work) -> Work:

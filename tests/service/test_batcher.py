@@ -20,11 +20,14 @@ REF = TensorRef(0, DType.F32, 8)
 
 
 def request(
-    number: int, tokens: int = 1, layer: int = 3, front: int = 0, deadline_seconds: float = math.inf
+    number: int, tokens: int = 1, layer: int = 3, front: int = 0, deadline_seconds: float = math.inf, client: int = 0
 ) -> ForwardRequest:
-    return ForwardRequest(
-        front, number, layer, tokens, deadline_seconds, True, REF, None, Routing.SERVER, None, None, REF
-    )
+    routed = (Routing.SERVER, None, None, REF, client)
+    return ForwardRequest(front, number, layer, tokens, deadline_seconds, True, REF, None, *routed)
+
+
+def is_of(item: Queued, client: int, large: bool) -> bool:
+    return item.request.client == client and (item.request.tokens > 12) == large
 
 
 def numbers(items: list[Queued]) -> list[int]:
@@ -39,13 +42,13 @@ def batcher() -> Batcher:
 def test_an_empty_queue_gives_no_step_and_nothing_to_wait_for(batcher: Batcher) -> None:
     assert batcher.next_step(0.0) == []
     assert batcher.expire(1e9) == []
-    assert batcher.wake_seconds(idle=True) == math.inf
+    assert batcher.wake_seconds(0.0) == math.inf
 
 
 def test_a_lonely_request_waits_for_company_then_goes(batcher: Batcher) -> None:
     assert batcher.add(request(1), 10.0)
     assert batcher.next_step(10.0 + WAIT_SECONDS / 2) == []
-    assert batcher.wake_seconds(idle=True) == 10.0 + WAIT_SECONDS
+    assert batcher.wake_seconds(0.0) == 10.0 + WAIT_SECONDS
     (item,) = batcher.next_step(10.0 + WAIT_SECONDS)
     assert item == Queued(request(1), 10.0)
     assert (batcher.requests, batcher.tokens) == (0, 0)
@@ -81,14 +84,14 @@ def test_a_line_is_full_by_requests_without_waiting(batcher: Batcher) -> None:
 
 
 def test_a_line_is_full_by_tokens_without_waiting(batcher: Batcher) -> None:
-    batcher.add(request(1, tokens=99), 0.0)
+    batcher.add(request(1, tokens=60), 0.0)
     assert batcher.next_step(0.0) == []
-    batcher.add(request(2, tokens=1), 0.0)
+    batcher.add(request(2, tokens=40), 0.0)
     assert numbers(batcher.next_step(0.0)) == [1, 2]
 
 
-def test_a_step_never_exceeds_its_tokens_and_never_lets_a_small_request_overtake(batcher: Batcher) -> None:
-    for number, tokens in enumerate((60, 50, 10)):
+def test_a_step_never_exceeds_its_tokens_and_among_large_ones_nobody_overtakes(batcher: Batcher) -> None:
+    for number, tokens in enumerate((60, 50, 20)):
         batcher.add(request(number, tokens=tokens), 0.0)
     assert numbers(batcher.next_step(0.0)) == [0]
     assert numbers(batcher.next_step(1.0)) == [1, 2]
@@ -96,7 +99,7 @@ def test_a_step_never_exceeds_its_tokens_and_never_lets_a_small_request_overtake
 
 def test_a_request_of_exactly_the_limit_goes_alone_and_at_once(batcher: Batcher) -> None:
     batcher.add(request(1, tokens=100), 0.0)
-    batcher.add(request(2), 0.0)
+    batcher.add(request(2, tokens=20), 0.0)
     assert numbers(batcher.next_step(0.0)) == [1]
 
 
@@ -132,7 +135,7 @@ def test_cancelling_the_last_of_a_layer_leaves_no_line(batcher: Batcher) -> None
     batcher.add(request(1), 0.0)
     batcher.cancel(0, 1)
     assert batcher.next_step(9.0) == []
-    assert batcher.wake_seconds(idle=True) == math.inf
+    assert batcher.wake_seconds(0.0) == math.inf
 
 
 def test_a_cancelled_head_passes_its_patience_to_nobody(batcher: Batcher) -> None:
@@ -163,13 +166,13 @@ def test_deadlines_expire_exactly_and_wake_in_time(batcher: Batcher) -> None:
     batcher.add(request(1, deadline_seconds=5.0), 0.0)
     batcher.add(request(2, deadline_seconds=3.0), 0.0)
     batcher.add(request(3), 0.0)
-    assert batcher.wake_seconds(idle=False) == 3.0
-    assert batcher.wake_seconds(idle=True) == WAIT_SECONDS
+    assert batcher.wake_seconds(0.0, room=False) == 3.0
+    assert batcher.wake_seconds(0.0) == WAIT_SECONDS
     assert batcher.expire(2.999) == []
     assert numbers(batcher.expire(3.0)) == [2]
-    assert batcher.wake_seconds(idle=False) == 5.0
+    assert batcher.wake_seconds(0.0, room=False) == 5.0
     assert numbers(batcher.expire(7.0)) == [1]
-    assert batcher.wake_seconds(idle=False) == math.inf
+    assert batcher.wake_seconds(0.0, room=False) == math.inf
     assert numbers(batcher.next_step(7.0)) == [3]
 
 
@@ -178,7 +181,7 @@ def test_a_deadline_of_a_request_that_left_expires_nothing(batcher: Batcher) -> 
     batcher.add(request(2, deadline_seconds=9.0), 0.0)
     batcher.cancel(0, 1)
     assert batcher.expire(1.0) == []
-    assert batcher.wake_seconds(idle=False) == 9.0
+    assert batcher.wake_seconds(0.0, room=False) == 9.0
 
 
 def test_a_full_line_under_constant_load_does_not_starve_another_layer() -> None:
@@ -212,14 +215,18 @@ def test_random_traffic_loses_nothing_and_the_counts_return_to_zero() -> None:
         now += rng.random() * 0.1
         event = rng.random()
         if event < 0.62:
-            item = request(
-                number, rng.randint(1, 100), rng.randrange(4), rng.randrange(3), now + rng.choice([0.3, 2.0, 60.0])
-            )
+            deadline = now + rng.choice([0.3, 2.0, 60.0])
+            size = rng.choice([rng.randint(1, 12), rng.randint(1, 100)])
+            item = request(number, size, rng.randrange(4), rng.randrange(3), deadline, rng.randrange(4))
             tokens = sum(other.tokens for other in waiting.values())
             fits = len(waiting) < 10 and tokens + item.tokens <= 300
-            assert batcher.add(item, now) == fits
-            if fits:
+            accepted = batcher.add(item, now)
+            assert accepted or not fits
+            if accepted:
                 waiting[item.front, item.request] = item
+                ends["into the reserve"] += not fits
+            assert len(waiting) <= 12
+            assert tokens + item.tokens <= 375 or not accepted
         elif event < 0.7 and waiting:
             front, chosen = rng.choice(sorted(waiting))
             found = batcher.cancel(front, chosen)
@@ -237,9 +244,11 @@ def test_random_traffic_loses_nothing_and_the_counts_return_to_zero() -> None:
             assert len({item.request.layer for item in step}) <= 1
             assert len(step) <= 4
             assert sum(item.request.tokens for item in step) <= 100
-            assert [item.arrived_seconds for item in step] == sorted(item.arrived_seconds for item in step)
+            for client, large in itertools.product(range(4), (False, True)):
+                mine = [item.arrived_seconds for item in step if is_of(item, client, large)]
+                assert mine == sorted(mine), "a client's requests stay in order"
             leave(step, "stepped")
         assert (batcher.requests, batcher.tokens) == (len(waiting), sum(item.tokens for item in waiting.values()))
-    assert min(ends[how] for how in ("cancelled", "dropped", "expired", "stepped")) > 20
+    assert min(ends[how] for how in ("cancelled", "dropped", "expired", "stepped", "into the reserve")) > 20
     leave(batcher.drop_all(), "dropped")
     assert (batcher.requests, batcher.tokens, waiting) == (0, 0, {})

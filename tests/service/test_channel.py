@@ -302,6 +302,35 @@ def test_blocking_channel_tells_the_end(pair: tuple[socket.socket, socket.socket
         channel.send(Cancel(1))
 
 
+def test_a_blocking_channel_is_ready_for_a_message_and_for_the_end(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = (BlockingChannel(sock) for sock in pair)
+    assert not ours.ready()
+    theirs.send(Cancel(1))
+    assert ours.ready()
+    assert ours.receive()[0] == Cancel(1)
+    assert not ours.ready()
+    theirs.hang_up()
+    assert ours.ready()
+    with pytest.raises(ChannelClosed):
+        ours.receive()
+
+
+def test_two_threads_may_send(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = (BlockingChannel(sock) for sock in pair)
+    threads = [
+        threading.Thread(target=lambda first=first: [ours.send(Cancel(first + n)) for n in range(200)])
+        for first in (0, 1000)
+    ]
+    for thread in threads:
+        thread.start()
+    received = [theirs.receive()[0] for _ in range(400)]
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+    for first in (0, 1000):
+        mine = [message.request for message in received if message.request // 1000 == first // 1000]
+        assert mine == list(range(first, first + 200))
+
+
 def test_blocking_sends_wait_for_a_slow_reader(pair: tuple[socket.socket, socket.socket]) -> None:
     sender, receiver = BlockingChannel(pair[0]), BlockingChannel(pair[1])
     messages = [long_result(number, 40_000) for number in range(60)]

@@ -7,12 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 
 from moe_forward import cluster
-from moe_forward.cluster import joined_ray
+from moe_forward.cluster import joined_ray, own_ray
 from moe_forward.errors import StartError
 
 
@@ -70,6 +74,65 @@ def test_processes_started_with_sigterm_blocked_outlive_it_and_this_one_does_not
     assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == before
     child.send_signal(signal.SIGTERM)
     assert child.communicate("\n", timeout=60)[0] == "alive\n"
+
+
+def start_another_ray(session: Path, **given: object) -> SimpleNamespace:
+    """Do what ray.init does to this process; another thread takes SIGTERM meanwhile, which calls the handler here."""
+    session.mkdir(parents=True)
+    (session.parent / "session_latest").unlink(missing_ok=True)
+    (session.parent / "session_latest").symlink_to(session)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    handler = signal.getsignal(signal.SIGTERM)
+    assert callable(handler)
+    handler(signal.SIGTERM, None)
+    return SimpleNamespace(address_info={"session_dir": str(session)})
+
+
+@pytest.fixture
+def ours() -> Iterator[None]:
+    """A handler of SIGTERM as the command line has it."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    yield
+    assert signal.signal(signal.SIGTERM, before) is stop
+
+
+@pytest.mark.usefixtures("ours")
+def test_sigterm_while_our_ray_starts_ends_it_and_removes_what_it_wrote(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    session, other, stopped = tmp_path / "session_1", tmp_path / "session_2", []
+    monkeypatch.setattr(ray, "init", partial(start_another_ray, session))
+    monkeypatch.setattr(cluster, "_stop_own_ray", lambda: stopped.append(session.exists()))
+    other.mkdir()
+    with pytest.raises(SystemExit, match="143"), own_ray(2, "cpu"):
+        pytest.fail("the block was entered")
+    assert stopped == [True], "Ray was stopped, and its folder removed after that"
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_the_latest_session_stays_when_it_is_another_services(tmp_path: Path) -> None:
+    session, other = tmp_path / "session_1", tmp_path / "session_2"
+    session.mkdir()
+    other.mkdir()
+    (tmp_path / "session_latest").symlink_to(other)
+    cluster._remove_session(session)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["session_2", "session_latest"]
+
+
+@pytest.mark.usefixtures("ours")
+def test_sigterm_while_a_cluster_is_joined_ends_the_service_and_nothing_of_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    session = tmp_path / "session_1"
+    monkeypatch.setattr(ray, "init", partial(start_another_ray, session))
+    monkeypatch.setattr(cluster, "_see_that_the_node_is_here", lambda address: None)
+    with pytest.raises(SystemExit, match="143"), joined_ray("auto", True):
+        pytest.fail("the block was entered")
+    assert session.exists()
 
 
 def test_every_process_below_one_is_found() -> None:

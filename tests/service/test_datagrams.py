@@ -16,12 +16,22 @@ from moe_forward.messages import (
     Announce,
     AttachSlab,
     Cancel,
+    ConnectionGone,
     DetachSlab,
+    Drain,
+    FrontFailed,
     FrontHello,
+    FrontSamples,
+    FrontUp,
     FrontWelcome,
+    Heartbeat,
+    InFlight,
     Message,
     RankHello,
+    RankTokens,
     Released,
+    Stop,
+    TakeConnection,
 )
 from moe_forward.types import (
     PHASES,
@@ -59,6 +69,7 @@ REQUESTS = st.builds(
     chosen=st.none() | REFS,
     weights=st.none() | REFS,
     output=REFS,
+    client=U64,
 )
 RESULTS = st.builds(
     ForwardResult,
@@ -74,6 +85,8 @@ RESULTS = st.builds(
     held=st.booleans(),
     step=st.none() | st.integers(0, 2**63 - 1),
     generation=U32,
+    missing_routes=U32,
+    missing_experts=U32,
 )
 STEPS = st.builds(Step, step=U64, generation=U32, layer=I32, requests=st.lists(REQUESTS, max_size=5).map(tuple))
 STEP_RESULTS = st.builds(
@@ -89,6 +102,7 @@ STEP_RESULTS = st.builds(
     dispatch_bytes=U64,
     combine_bytes=U64,
     expert_rows=st.lists(U32, max_size=5).map(tuple),
+    missing_routes=st.lists(U32, max_size=5).map(tuple),
 )
 REPORTS = st.builds(
     StepReport,
@@ -112,6 +126,7 @@ INFOS = st.builds(
     buffer_bytes=U64,
     free_bytes=U64,
     load_seconds=SECONDS,
+    capacity_bytes=U64,
 )
 STATUSES = st.builds(
     EngineStatus,
@@ -123,7 +138,11 @@ STATUSES = st.builds(
     restarts=U32,
     backend=TEXT,
     kernel=TEXT,
+    lacking_ranks=U32,
+    missing=st.lists(U32, max_size=5).map(tuple),
 )
+LABELS = st.lists(st.tuples(TEXT, TEXT), max_size=3).map(tuple)
+SAMPLES = st.tuples(TEXT, TEXT, LABELS, SECONDS, st.none() | st.tuples(LABELS, SECONDS, SECONDS))
 MESSAGES = st.one_of(
     REQUESTS,
     RESULTS,
@@ -132,14 +151,29 @@ MESSAGES = st.one_of(
     REPORTS,
     STATUSES,
     st.builds(QueueReport, requests=U32, tokens=U32),
-    st.builds(FrontHello, slab_bytes=U64),
+    st.builds(FrontHello, slab_bytes=U64, wants_reports=st.booleans()),
     st.builds(FrontWelcome, front=U32),
     st.builds(Cancel, request=U64),
     st.builds(Released, requests=st.lists(U64, max_size=5).map(tuple)),
-    st.builds(Announce, generation=U32, ranks=U32, restarts=U32, failed=TEXT),
+    st.builds(
+        Announce,
+        generation=U32,
+        ranks=U32,
+        restarts=U32,
+        failed=TEXT,
+        lacking_ranks=U32,
+        missing=st.lists(U32, max_size=5).map(tuple),
+        after_steps=st.booleans(),
+    ),
     st.builds(RankHello, generation=U32, info=INFOS, backend=TEXT, kernel=TEXT),
+    st.builds(Heartbeat, generation=U32, rank=U32),
     st.builds(AttachSlab, front=U32, slab_bytes=U64),
     st.builds(DetachSlab, front=U32),
+    st.sampled_from([FrontUp(), TakeConnection(), ConnectionGone(), Drain(), Stop()]),
+    st.builds(FrontFailed, reason=TEXT),
+    st.builds(InFlight, requests=U64),
+    st.builds(RankTokens, tokens=st.lists(st.tuples(U32, U64), max_size=4).map(tuple)),
+    st.builds(FrontSamples, samples=st.lists(SAMPLES, max_size=4).map(tuple)),
 )
 
 
@@ -174,9 +208,10 @@ def test_step_of_256_requests_fits_a_datagram() -> None:
     assert again(step) == step
 
 
-def test_report_of_64_ranks_with_every_request_flagged_fits_a_datagram() -> None:
+def test_report_of_64_ranks_with_every_request_flagged_and_short_of_routes_fits_a_datagram() -> None:
+    flags = tuple(range(256))
     results = tuple(
-        StepResult(2**64 - 1, 1, rank, (math.pi,) * len(PHASES), 2**64 - 1, 2**64 - 1, tuple(range(256)))
+        StepResult(2**64 - 1, 1, rank, (math.pi,) * len(PHASES), 2**64 - 1, 2**64 - 1, flags, missing_routes=flags)
         for rank in range(64)
     )
     report = StepReport(60, 8192, 256, 1024, 65536, results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -61,6 +62,7 @@ async def test_a_broken_rank_loses_its_group_and_bytes_are_held_until_the_others
     def first_good_then_hangs(rank: FakeRank, step: Step) -> StepResult | None:
         return gate(rank, step) if step.layer == 3 else None  # blocked in a collective
 
+    pool.limits = replace(pool.limits, max_steps_in_flight=1)  # so that one request is still queued
     front = await pool.start(first_good_then_hangs, first_good_then_breaks, first_good_then_hangs)
     freed = await lose_with_two_in_the_step_and_one_queued(pool, front, gate)
     status = front.link.status
@@ -142,6 +144,26 @@ async def test_a_hung_rank_is_given_up_and_its_late_result_changes_nothing(pool:
     assert front.link.status.generation == 2
     pool.ranks[3].say(pool.ranks[3].work(new_step))
     assert (await running).code is None
+
+
+async def test_a_rank_that_gives_no_sign_of_life_is_lost_long_before_its_step_is_late(pool: Pool, gate: Gate) -> None:
+    pool.rank_silence_seconds = 1.0
+    front = await pool.start(gate, gate)
+    running = front.send(front.request())
+    beaten_seconds = 0.0
+    while beaten_seconds < 1.4:  # both are busy in a step for longer than a silence may be
+        for rank in pool.ranks:
+            rank.beat()
+        await asyncio.sleep(0.1)
+        beaten_seconds += 0.1
+    assert front.link.status.ready
+    while not running.done():
+        pool.ranks[1].beat()
+        await asyncio.sleep(0.05)
+    result = await running
+    assert (result.code, result.held) == (ErrorCode.RANK_LOST, True)
+    assert result.message == "no sign of life from rank 0 for 1 s"
+    assert [info.state for info in front.link.status.ranks] == ["lost", "ready"]
 
 
 async def test_a_new_generation_serves_again(pool: Pool) -> None:

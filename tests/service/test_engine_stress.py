@@ -94,7 +94,7 @@ async def all_free(front: Front) -> None:
 
 
 async def storm(pool: Pool) -> None:
-    pool.limits = BatchLimits(24, 5, 0.0002, 10, 60)
+    pool.limits = BatchLimits(24, 5, 0.0002, 10, 60, max_steps_in_flight=3)
     front = await pool.start(None, breaks_after(STEPS_OF_A_GENERATION))
     fronts = [front, await pool.add_front()]
     traffic = [Traffic(item, seed) for seed, item in enumerate(fronts)]

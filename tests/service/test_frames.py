@@ -11,7 +11,7 @@ import pytest
 
 from moe_forward.datagrams import pack
 from moe_forward.errors import ChannelClosed
-from moe_forward.frames import MAX_FRAME_BYTES, FramedSocket, views
+from moe_forward.frames import MAX_FRAME_BYTES, FramedSocket, views, word_sum
 from moe_forward.messages import Cancel, DetachSlab, Message, StepResult
 from moe_forward.segments import Window
 
@@ -26,6 +26,10 @@ def pair() -> Iterator[tuple[FramedSocket, socket.socket]]:
     yield framed, raw
     framed.close()
     raw.close()
+
+
+def frame(data: bytes) -> bytes:
+    return struct.pack("<IQ", len(data), word_sum([memoryview(data)])) + data
 
 
 def test_messages_and_rows_arrive_as_sent_and_in_order(pair: tuple[FramedSocket, socket.socket]) -> None:
@@ -53,7 +57,7 @@ def test_messages_and_rows_arrive_as_sent_and_in_order(pair: tuple[FramedSocket,
 @pytest.mark.parametrize("nbytes", [0, MAX_FRAME_BYTES + 1, 0xFFFFFFFF])
 def test_an_announced_length_out_of_bounds_ends_it(pair: tuple[FramedSocket, socket.socket], nbytes: int) -> None:
     framed, raw = pair
-    raw.sendall(struct.pack("<I", nbytes) + b"x" * 10)
+    raw.sendall(struct.pack("<IQ", nbytes, 0) + b"x" * 10)
     with pytest.raises(ChannelClosed, match=f"{nbytes} bytes was announced"):
         framed.receive()
 
@@ -61,19 +65,43 @@ def test_an_announced_length_out_of_bounds_ends_it(pair: tuple[FramedSocket, soc
 @pytest.mark.parametrize("data", [b"\xff", b"\x03ab", b"\x09{}", b'\x09{"request": 1, "more": 2}', b"\x09\xff{"])
 def test_what_is_no_message_ends_it(pair: tuple[FramedSocket, socket.socket], data: bytes) -> None:
     framed, raw = pair
-    raw.sendall(struct.pack("<I", len(data)) + data)
+    raw.sendall(frame(data))
     with pytest.raises(ChannelClosed, match="could not be read"):
         framed.receive()
 
 
-@pytest.mark.parametrize("part", [0, 2, 4, 10])
+@pytest.mark.parametrize("part", [0, 2, 12, 14])
 def test_an_end_in_the_middle_of_a_message_is_an_end(pair: tuple[FramedSocket, socket.socket], part: int) -> None:
     framed, raw = pair
     data = pack(Cancel(7))
-    raw.sendall((struct.pack("<I", len(data)) + data)[:part])
+    raw.sendall(frame(data)[:part])
     raw.shutdown(socket.SHUT_WR)
     with pytest.raises(ChannelClosed, match="gone"):
         framed.receive()
+
+
+def test_a_flipped_bit_of_a_message_ends_it(pair: tuple[FramedSocket, socket.socket]) -> None:
+    framed, raw = pair
+    data = bytearray(frame(pack(Cancel(7))))
+    data[-1] ^= 1
+    raw.sendall(data)
+    with pytest.raises(ChannelClosed, match="damaged"):
+        framed.receive()
+
+
+@pytest.mark.parametrize("place", [0, 1234, 5000, 5001, -9, -1])
+def test_a_flipped_bit_of_rows_or_of_their_sum_ends_it(pair: tuple[FramedSocket, socket.socket], place: int) -> None:
+    framed, raw = pair
+    rows = [memoryview(bytes(range(250)) * 20), memoryview(b""), memoryview(b"seven b")]
+    data = bytearray(b"".join(rows) + struct.pack("<Q", word_sum(rows)))
+    into = [memoryview(bytearray(len(part))) for part in rows]
+    raw.sendall(data)
+    framed.receive_rows(into)
+    assert into == rows
+    data[place] ^= 0x40
+    raw.sendall(data)
+    with pytest.raises(ChannelClosed, match="damaged"):
+        framed.receive_rows(into)
 
 
 def test_an_end_in_the_middle_of_rows_is_an_end(pair: tuple[FramedSocket, socket.socket]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from moe_forward import gateway as gateway_module
+from moe_forward.channel import BlockingChannel
 from moe_forward.datagrams import pack
 from moe_forward.errors import ChannelClosed, ErrorCode
 from moe_forward.frames import FramedSocket
@@ -22,7 +25,8 @@ from moe_forward.gateway import Gateway
 from moe_forward.handshake import Address, call, listen, new_secret
 from moe_forward.messages import Announce, AttachSlab, Cancel, DetachSlab, RankHello
 from moe_forward.remote_channel import RemoteChannel
-from moe_forward.types import RankInfo, Step, StepResult
+from moe_forward.slab import Slab, map_slab
+from moe_forward.types import DType, ForwardRequest, RankInfo, Routing, Step, StepResult, TensorRef
 
 from .conftest import HANG_SECONDS, ROW_BYTES, FakeRank, Front, Gate, OnStep, Pool
 
@@ -216,7 +220,7 @@ async def test_what_no_rank_would_say_loses_the_rank_and_touches_no_slab(pool: P
         if says == "garbage":
             data = b"\x04" + bytes(7)
             with socket.socket(fileno=peer.fileno()) as raw:
-                raw.sendall(struct.pack("<I", len(data)) + data)
+                raw.sendall(struct.pack("<IQ", len(data), sum(data)) + data)
                 raw.detach()
         else:
             wrong = {
@@ -244,7 +248,8 @@ async def test_more_strangers_than_bearable_are_hung_up_on_at_once(pool: Pool, m
         assert one_more.recv(1) == b""
 
 
-def test_a_gateway_that_names_memory_that_is_not_there_is_hung_up_on() -> None:
+def called() -> tuple[socket.socket, RemoteChannel]:
+    """Return both ends of a trusted connection: the gateway's, and that of the only rank of a group."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = Address("127.0.0.1", listener.getsockname()[1], new_secret())
         result: list[RemoteChannel] = []
@@ -253,7 +258,12 @@ def test_a_gateway_that_names_memory_that_is_not_there_is_hung_up_on() -> None:
         sock, _ = listener.accept()
         gateway_module.welcome(sock, address)
         caller.join(HANG_SECONDS)
-    peer, channel = FramedSocket(sock), result[0]
+    return sock, result[0]
+
+
+def test_a_gateway_that_names_memory_that_is_not_there_is_hung_up_on() -> None:
+    sock, channel = called()
+    peer = FramedSocket(sock)
     peer.send(AttachSlab(0, 4096))
     front = Front(Path())
     request = replace(front.request(4), front=0)
@@ -268,3 +278,163 @@ def test_a_gateway_that_names_memory_that_is_not_there_is_hung_up_on() -> None:
     peer.close()
     channel.close()
     front.slab.close()
+
+
+async def test_heartbeats_of_a_remote_rank_come_from_the_rank_itself(pool: Pool, door: Door) -> None:
+    pool.rank_silence_seconds = 1.0
+    pool.start_engine()
+    front = await pool.add_front()
+    front.link.announce(Announce(1, RANKS, 0))
+    pool.add_rank(0, RANKS)
+    remote = RemoteRank(door.address, 1)
+    pool.ranks.append(remote)
+    await front.until_ready(1)
+    for _ in range(6):
+        pool.ranks[0].beat()
+        remote.beat()
+        await asyncio.sleep(0.2)
+    assert front.link.status.ready
+    while front.link.status.ready:
+        pool.ranks[0].beat()
+        await asyncio.sleep(0.05)
+    assert front.link.status.reason == "no sign of life from rank 1 for 1 s"
+
+
+def test_rows_of_the_next_step_and_of_the_last_result_pass_each_other() -> None:
+    """With one thread in the gateway, it and the rank would each wait for the other to read."""
+    row_bytes, rows = 4 << 20, 6  # more than the sockets hold
+    columns = row_bytes // 4
+    listener = socket.create_server(("127.0.0.1", 0))
+    theirs = socket.create_connection(listener.getsockname())
+    ours, _ = listener.accept()
+    engine_end, gateway_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    rank, engine = FramedSocket(theirs), BlockingChannel(engine_end)
+    bridge = gateway_module._Bridge(FramedSocket(ours), BlockingChannel(gateway_end), 0, 1)
+    ended: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            bridge.run()
+        except ChannelClosed as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    slab = Slab(4 * rows * row_bytes)
+    socket.send_fds(engine_end, [pack(AttachSlab(0, slab.nbytes))], [slab.fd])
+    for number in (0, 1):
+        start = 2 * number * rows * row_bytes
+        hidden, output = (TensorRef(start + part * rows * row_bytes, DType.F32, columns) for part in (0, 1))
+        request = ForwardRequest(0, number, 3, rows, 1e9, True, hidden, None, Routing.SERVER, None, None, output)
+        engine.send(Step(number, 1, 3, (request,)))
+    assert isinstance(rank.receive(), AttachSlab)
+    here = memoryview(bytearray(rows * row_bytes))
+    assert isinstance(rank.receive(), Step)
+    rank.receive_rows([here])
+    theirs.settimeout(HANG_SECONDS)
+    rank.send(StepResult(0, 1, 0, (), 0), [memoryview(b"\x05" * len(here))])  # step 1 and its rows are not read yet
+    result, _ = engine.receive()
+    assert result == StepResult(0, 1, 0, (), 0)
+    assert bytes(slab.view(rows * row_bytes, 3)) == b"\x05\x05\x05"
+    assert isinstance(rank.receive(), Step)
+    rank.receive_rows([here])
+    engine.close()
+    thread.join(HANG_SECONDS)
+    assert str(ended[0]) == "the other end is gone"
+    for end in (rank, ours, gateway_end, listener):
+        end.close()
+    slab.close()
+
+
+def until_ready(channel: RemoteChannel) -> None:
+    give_up = time.monotonic() + HANG_SECONDS
+    while not channel.ready():
+        assert time.monotonic() < give_up, "nothing comes"
+        time.sleep(0.01)
+
+
+def request_of(slab: Slab, number: int, rows: int, columns: int) -> ForwardRequest:
+    """Describe float32 rows that lie behind each other: the input, then the output, number by number."""
+    start, nbytes = 8 * number * rows * columns, 4 * rows * columns
+    assert start + 2 * nbytes <= slab.nbytes
+    hidden, output = (TensorRef(offset, DType.F32, columns) for offset in (start, start + nbytes))
+    return ForwardRequest(0, number, 3, rows, 1e9, True, hidden, None, Routing.SERVER, None, None, output)
+
+
+def test_a_rank_that_computes_for_longer_than_a_silence_is_sent_the_next_steps_and_answers_all() -> None:
+    silence_seconds, rows, columns = 1.0, 2, 4 << 20  # 32 MiB a step, which no socket holds
+    sock, channel = called()
+    engine_end, gateway_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    engine = BlockingChannel(engine_end)
+    bridge = gateway_module._Bridge(FramedSocket(sock, silence_seconds), BlockingChannel(gateway_end), 0, 1)
+    why: list[ChannelClosed] = []
+
+    def run() -> None:
+        try:
+            bridge.run()
+        except ChannelClosed as error:
+            why.append(error)
+
+    bridging = threading.Thread(target=run)
+    bridging.start()
+    slab = Slab(16 * rows * columns)
+    socket.send_fds(engine_end, [pack(AttachSlab(0, slab.nbytes))], [slab.fd])
+    requests = [request_of(slab, number, rows, columns) for number in (0, 1)]
+    for request in requests:
+        slab.view(request.hidden.offset, 8)[:] = bytes([request.request + 1]) * 8
+        engine.send(Step(request.request, 1, 3, (request,)))
+    message, (fd,) = channel.receive()
+    assert isinstance(message, AttachSlab)
+    mirror = map_slab(fd, message.slab_bytes)
+    socket.close(fd)
+    for number, request in enumerate(requests):
+        step, _ = channel.receive()
+        assert isinstance(step, Step)
+        assert step.step == number
+        if number == 0:
+            time.sleep(3 * silence_seconds)  # computes; step 1 and its rows are on their way
+        mirror[request.output.offset : request.output.offset + 8] = mirror[
+            request.hidden.offset : request.hidden.offset + 8
+        ]
+        channel.send(StepResult(number, 1, 0, (), 0))
+        assert engine.receive()[0] == StepResult(number, 1, 0, (), 0)
+        assert bytes(slab.view(request.output.offset, 8)) == bytes([number + 1]) * 8
+    engine.close()
+    with pytest.raises(ChannelClosed):
+        channel.receive()
+    channel.close()
+    bridging.join(HANG_SECONDS)
+    assert str(why[0]) == "the other end is gone"
+    for end in (sock, gateway_end):
+        end.close()
+    slab.close()
+
+
+def test_a_rank_that_computes_hears_that_the_engine_is_gone_after_what_came_before() -> None:
+    sock, channel = called()
+    peer = FramedSocket(sock)
+    assert not channel.ready()
+    peer.send(DetachSlab(4))
+    until_ready(channel)
+    peer.close()  # while the rank computes
+    assert channel.receive() == (DetachSlab(4), [])
+    until_ready(channel)
+    for _ in range(2):
+        with pytest.raises(ChannelClosed, match="gone"):
+            channel.receive()
+        assert channel.ready(), "the end stays the end"
+    channel.close()
+
+
+def test_a_closed_channel_leaves_no_thread_and_no_descriptor() -> None:
+    threads, fds = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
+    sock, channel = called()
+    assert len(set(threading.enumerate()) - threads) == 1
+    peer = FramedSocket(sock)
+    peer.send(AttachSlab(0, 4096))
+    until_ready(channel)
+    channel.close()
+    peer.close()
+    del channel
+    assert set(threading.enumerate()) == threads
+    assert set(os.listdir("/proc/self/fd")) == fds

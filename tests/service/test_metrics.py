@@ -50,6 +50,8 @@ EXPECTED = {
     "requantized_tokens_total": ("counter", {"model"}),
     "exchange_bytes_total": ("counter", {"rank", "direction"}),
     "degraded": ("gauge", {"model"}),
+    "dropped_assignments_total": ("counter", {"model"}),
+    "rebalances_total": ("counter", {"result"}),
 }
 ASKED_FOR = {
     "expert_tokens_total": ("counter", {"layer", "expert"}),

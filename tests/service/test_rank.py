@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import pytest
 import torch
 
 from moe_forward import gates
 from moe_forward.checkpoint import LayerWeights
+from moe_forward.copy_streams import Copies, Pending
 from moe_forward.datagrams import pack, unpack
 from moe_forward.exchange.local import LocalExchange
-from moe_forward.rank import Rank
+from moe_forward.rank import Launched, Rank
+from moe_forward.stopwatch import Clock, DeviceStopwatch, Event, Stopwatch
 from moe_forward.types import (
     PHASES,
     ActivationScale,
@@ -43,6 +46,8 @@ from w4afp8 import (
 from .desk import TORCH
 from .desk import Desk as LaidOut
 from .make_rank import make_rank, without_bias
+
+T = TypeVar("T")
 
 H, I, E, K = 256, 128, 7, 3  # noqa: E741
 LAYER = 3
@@ -149,9 +154,15 @@ class Desk(LaidOut):
         return lone_rank(granularity, pads=pads).step(step, {0: self.memory})
 
 
-def lone_rank(granularity: ActivationScale, spec: ModelSpec = SPEC, pads: bool = False) -> Rank:
+def lone_rank(
+    granularity: ActivationScale,
+    spec: ModelSpec = SPEC,
+    pads: bool = False,
+    copies: Copies | None = None,
+    start_clock: Callable[[int], Clock] = lambda step: Stopwatch(),
+) -> Rank:
     layers = without_bias(LAYERS) if spec.gate.kind == "softmax" else LAYERS
-    rank = make_rank(0, 1, spec, layers, LocalExchange(E, pads=pads), granularity)
+    rank = make_rank(0, 1, spec, layers, LocalExchange(E, pads=pads), granularity, copies, start_clock)
     if pads:
         rank.warm_up()
     return rank
@@ -402,6 +413,79 @@ def test_layers_take_turns_in_replayed_steps(desk: Desk) -> None:
     assert same_bits(desk.output(sent[0]), desk.output(sent[2]))
     assert same_bits(desk.output(sent[1]), desk.output(sent[3]))
     assert not same_bits(desk.output(sent[0]), desk.output(sent[1]))
+
+
+class Later:
+    """Copies whose outputs leave at the last moment, as a GPU's may: when somebody waits for them."""
+
+    def read(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def write(self, work: Callable[[], T]) -> Pending[T]:
+        return Leaving(work)
+
+
+class Leaving(Generic[T]):
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+
+    def done(self) -> bool:
+        return False
+
+    def result(self) -> T:
+        return self._work()
+
+
+def test_steps_launched_ahead_have_the_bits_of_steps_one_by_one(desk: Desk) -> None:
+    expected = traffic(desk)
+    for sent in expected:
+        desk.run(sent)
+    rank = lone_rank("token", pads=True, copies=Later())
+    orders = [[0], [1], [3], [4, 0], [0, 1, 2, 3, 4], [2], [0], [1]]
+    under_way: deque[tuple[list[int], list[Sent], Launched]] = deque()
+    for number, order in enumerate([*orders, None]):
+        if order is not None:
+            sent_again = [desk.again(expected[index]) for index in order]
+            step = Step(number, 1, LAYER, tuple(item.request for item in sent_again))
+            under_way.append((order, sent_again, rank.launch(step, {0: desk.memory})))
+        if len(under_way) < 2 and order is not None:
+            continue
+        done, outputs, launched = under_way.popleft()
+        assert not launched.done()
+        assert not launched.finished
+        result = launched.finish()
+        assert launched.finished
+        assert result.routed_rows == K * sum(item.request.tokens for item in outputs)
+        for index, sent in zip(done, outputs, strict=True):
+            assert same_bits(desk.output(sent), desk.output(expected[index])), f"request {index} in {done}"
+
+
+def test_a_spoiled_step_is_found_when_it_is_finished_and_no_other(desk: Desk) -> None:
+    rank = lone_rank("token", copies=Later())
+    requests = [spoiled(desk, "nan").request, desk.send(random(2, H, seed=40)).request]
+    first, second = (rank.launch(Step(n, 1, LAYER, (r,)), {0: desk.memory}) for n, r in enumerate(requests))
+    assert (first.finish().non_finite, second.finish().non_finite) == ((0,), ())
+
+
+def test_while_a_timed_step_is_under_way_the_next_is_not_timed(desk: Desk) -> None:
+    """Timed graphs share their events: a second replay would write over the first one's figures."""
+    rank = lone_rank("token", copies=Later(), start_clock=lambda step: DeviceStopwatch(lambda phase: (Tick(), Tick())))
+    request = desk.send(random(2, H, seed=41)).request
+    first, second = (rank.launch(Step(number, 1, LAYER, (request,)), {0: desk.memory}) for number in range(2))
+    assert len(first.finish().phase_seconds) == len(PHASES)
+    third = rank.launch(Step(2, 1, LAYER, (request,)), {0: desk.memory})
+    assert second.finish().phase_seconds == ()
+    assert len(third.finish().phase_seconds) == len(PHASES)
+
+
+class Tick:
+    """An event that is no time away from any other."""
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, end_event: Event, /) -> float:
+        return 0.0
 
 
 Job = tuple[int, str, ActivationScale, list[Step]]

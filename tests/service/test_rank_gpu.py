@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ import torch
 
 from moe_forward.datagrams import pack, unpack
 from moe_forward.exchange.deepep_package import missing_deepep
+from moe_forward.rank import Launched
 from moe_forward.rank_setup import RankSetup
-from moe_forward.types import PHASES, DType, Routing, StepResult
+from moe_forward.slab_rows import attach, detach
+from moe_forward.types import PHASES, DType, ForwardRequest, Routing, Step, StepResult
 
 from .desk import Desk
-from .step_program import run_steps
+from .step_program import run_steps, start_rank
 from .step_traffic import LAYER, ON_CPU, ON_GPU, Sent, Shape, Traffic, make_layers
 
 PROGRAM = Path(__file__).with_name("step_program.py")
@@ -41,6 +44,7 @@ class Done:
     same: dict[str, list[Sent]] = field(default_factory=dict)
     spoiled: int = -1
     requantized: int = -1
+    one_by_one: int = 0
 
 
 def prepare(shape: Shape, ranks: int, device: torch.device, desk: Desk) -> Done:
@@ -92,7 +96,29 @@ def prepare(shape: Shape, ranks: int, device: torch.device, desk: Desk) -> Done:
     for name in ("bf16", "f16, the layer's gate"):
         done.same[name].append(traffic.again(kinds[name]))
     done.spoiled = traffic.step(done.same["bf16"][-1], bad, done.same["f16, the layer's gate"][-1])
+    add_steps_ahead(done)
     return done
+
+
+def add_steps_ahead(done: Done) -> None:
+    """Ask again for what was done one by one, so that ranks launch each step before the one before it is finished.
+
+    Sizes change from step to step: a rank with no row, one row, the edges of a bucket, more than a bucket or a chunk.
+    """
+    traffic, shape = done.traffic, done.traffic.shape
+    done.one_by_one = len(traffic.steps)
+    small = [name for name, sent in done.exact.items() if sent.request.tokens <= 128 * traffic.ranks]
+    large = [name for name in done.exact if name not in small]
+    for number in range(max(shape.repetitions, len(done.exact))):
+        names = [small[number % len(small)]]
+        if number % 11 == 5:
+            names.append(small[(number + 3) % len(small)])
+        if number % 40 == 7:
+            names = [large[number // 40 % len(large)]] if large else names
+        again = [traffic.again(done.exact[name]) for name in names]
+        traffic.step(*again)
+        for name, sent in zip(names, again, strict=True):
+            done.same.setdefault(f"launched ahead: {name}", [done.exact[name]]).append(sent)
 
 
 def setup_of(shape: Shape, ranks: int, exchange: str, kind: str, rendezvous: Path, graphs: bool = True) -> RankSetup:
@@ -129,6 +155,7 @@ def run_in_processes(done: Done, setup: RankSetup, kind: str, folder: Path) -> N
         "kind": kind,
         "layers": make_layers(done.traffic.shape),
         "steps": [pack(step) for step in done.traffic.steps],
+        "one_by_one": done.one_by_one,
     }
     torch.save(work, folder / "work.pt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -177,12 +204,13 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     on_gpu = kind == "cuda"
     shape = ON_GPU if on_gpu else ON_CPU
     ranks = 1 if exchange == "local" else torch.cuda.device_count() if on_gpu else 2
-    desk = Desk((32 << 20) * ranks if on_gpu else 16 << 20)
+    desk = Desk((96 << 20) * ranks if on_gpu else 16 << 20)
     made = prepare(shape, ranks, torch.device("cuda:0" if on_gpu else "cpu"), desk)
     setup = setup_of(shape, ranks, exchange, kind, folder / "group")
     if exchange == "local":
         slab = (desk.slab.fd, desk.slab.nbytes)
-        made.words = [[word] for word in run_steps(setup, make_layers(shape), made.traffic.steps, slab)]
+        words = run_steps(setup, make_layers(shape), made.traffic.steps, slab, made.one_by_one)
+        made.words = [[word] for word in words]
     else:
         run_in_processes(made, setup, kind, folder)
     yield made
@@ -249,6 +277,49 @@ def test_graphs_change_no_bits(tmp_path: Path) -> None:
         desk.slab.close()
     for graphed, eager in zip(*outputs, strict=True):
         assert torch.equal(graphed, eager)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [pytest.param(ON_GPU, "cuda", marks=pytest.mark.gpu), pytest.param(ON_CPU, "cpu")]
+)
+def test_memory_of_a_finished_step_is_used_again_while_the_next_one_runs(
+    shape: Shape, kind: str, tmp_path: Path
+) -> None:
+    """As the service does: two requests' memory in turn, and whatever happens to it once its step is finished."""
+    desk = Desk(128 << 20)
+    traffic = Traffic(shape, 1, desk)
+    types = (DType.BF16, DType.F32)
+    sent = [traffic.send(size, size, types[size % 2], Routing.SERVER) for size in shape.sizes]
+    rank = start_rank(setup_of(shape, 1, "local", kind, tmp_path / "group"), make_layers(shape))
+    device = torch.device("cuda:0" if kind == "cuda" else "cpu")
+    slabs = {0: attach(desk.slab.fd, desk.slab.nbytes, device)}
+    for number, item in enumerate(sent):
+        rank.step(Step(number, 1, LAYER, (item.request,)), slabs)
+    expected = [desk.bytes(item.request.output, item.request.tokens).clone() for item in sent]
+    most = max(shape.sizes)
+    places = [[desk.reserve(most, shape.hidden, DType.F32) for _ in ("input", "output")] for _ in range(2)]
+    under_way: deque[tuple[int, ForwardRequest, Launched]] = deque()
+    for number in range(2 * shape.repetitions):
+        index = number * 5 % len(sent)
+        request = sent[index].request
+        hidden, output = places[number % 2]
+        here = replace(
+            request,
+            hidden=replace(request.hidden, offset=hidden.offset),
+            output=replace(request.output, offset=output.offset),
+        )
+        desk.bytes(here.hidden, here.tokens).copy_(desk.bytes(request.hidden, here.tokens))
+        under_way.append((index, here, rank.launch(Step(100 + number, 1, LAYER, (here,)), slabs)))
+        if len(under_way) == 2:
+            index, done, launched = under_way.popleft()
+            launched.finish()
+            assert torch.equal(desk.bytes(done.output, done.tokens), expected[index]), f"step {number - 1}"
+            for ref in (done.hidden, done.output):
+                desk.bytes(ref, done.tokens).fill_(0x7F)
+    under_way.popleft()[2].finish()
+    detach(slabs[0], device)
+    rank.close()
+    desk.slab.close()
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from moe_forward.channel import BlockingChannel, listen
 from moe_forward.checkpoint import make_model, read_spec
 from moe_forward.datagrams import pack
 from moe_forward.errors import StartError
-from moe_forward.messages import AttachSlab, Cancel, DetachSlab, RankHello
+from moe_forward.messages import AttachSlab, Cancel, DetachSlab, Heartbeat, RankHello
 from moe_forward.rank_process import check_folder, check_memory, run_rank
 from moe_forward.rank_setup import RankSetup
 from moe_forward.slab import Slab
@@ -44,9 +44,11 @@ class EngineSide:
 
     def step(self, step: Step) -> StepResult:
         self.channel.send(step)
-        result, _ = self.channel.receive()
-        assert isinstance(result, StepResult)
-        return result
+        while True:
+            result, _ = self.channel.receive()
+            if not isinstance(result, Heartbeat):
+                assert isinstance(result, StepResult)
+                return result
 
     def join(self) -> None:
         self._thread.join(HANG_SECONDS)
@@ -85,6 +87,7 @@ def setup(folder: Path, socket_folder: Path) -> RankSetup:
         phase_sample_steps=1,
         step_timeout_seconds=10.0,
         start_timeout_seconds=HANG_SECONDS,
+        rank_silence_seconds=0.5,
     )
 
 
@@ -145,6 +148,12 @@ def test_a_rank_says_who_it_is_and_serves_until_the_engine_hangs_up(
     engine.channel.close()
     engine.join()
     assert engine.error is None
+
+
+def test_a_rank_gives_signs_of_life_once_it_is_taken_in(engine: EngineSide, slab: Slab) -> None:
+    hello_of(engine)
+    attach(engine, slab)
+    assert [engine.channel.receive()[0] for _ in range(2)] == [Heartbeat(4, 0)] * 2
 
 
 def test_what_breaks_a_step_is_told_before_the_rank_ends(engine: EngineSide, folder: Path, slab: Slab) -> None:

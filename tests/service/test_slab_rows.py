@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_forward.errors import StartError
-from moe_forward.slab_rows import Run, attach, detach, read_runs, write_runs
+from moe_forward.slab_rows import Run, attach, convert_runs, detach, read_runs, write_runs
 from moe_forward.types import DType, ForwardRequest, Routing, Step, token_range
 
 from .desk import TORCH, Desk
@@ -159,7 +159,7 @@ def test_outputs_of_all_ranks_lie_where_their_requests_want_them_and_nowhere_els
     for rank in reversed(range(ranks)):
         mine = token_range(rank, ranks, sum(sizes))
         runs = read_runs(step, rank, ranks, {0: desk.memory}, CPU)
-        write_runs(output[mine.start : mine.stop], runs, {0: desk.memory})
+        write_runs(convert_runs(output[mine.start : mine.stop], runs), runs, {0: desk.memory})
     assert torch.equal(desk.memory, expected)
     assert torch.equal(desk.get(requests[2].output, 5), rows[2].to(TORCH[dtype]))
 
@@ -169,7 +169,7 @@ def test_requests_of_several_types_get_their_outputs_in_their_own(desk: Desk) ->
     requests = tuple(request_of(desk, numbered(0, 2), dtype) for dtype in forms)
     runs = read_runs(Step(0, 1, 3, requests), 0, 1, {0: desk.memory}, CPU)
     output = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(5))
-    write_runs(output, runs, {0: desk.memory})
+    write_runs(convert_runs(output, runs), runs, {0: desk.memory})
     for index, (request, dtype) in enumerate(zip(requests, forms, strict=True)):
         assert torch.equal(desk.get(request.output, 2), output[2 * index : 2 * index + 2].to(TORCH[dtype]))
 
@@ -180,11 +180,22 @@ def test_requests_of_two_front_ends_use_their_own_slabs() -> None:
     slabs = {front: desks[front].memory for front in (0, 1)}
     runs = read_runs(Step(0, 1, 3, requests), 0, 1, slabs, CPU)
     assert [float(row) for run in runs for row in run.hidden[:, 0]] == [0.0, 1.0, 10.0, 11.0]
-    write_runs(numbered(100, 4), runs, slabs)
+    write_runs(convert_runs(numbered(100, 4), runs), runs, slabs)
     written = [desks[front].get(requests[front].output, 2)[:, 0].tolist() for front in (0, 1)]
     assert written == [[100.0, 101.0], [102.0, 103.0]]
     for desk in desks:
         desk.slab.close()
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F32])
+def test_rows_on_their_way_out_are_not_those_the_next_step_writes_over(desk: Desk, dtype: DType) -> None:
+    request = request_of(desk, numbered(0, 2), dtype)
+    runs = read_runs(Step(0, 1, 3, (request,)), 0, 1, {0: desk.memory}, CPU)
+    output = numbered(5, 2)
+    rows = convert_runs(output, runs)
+    output.zero_()
+    write_runs(rows, runs, {0: desk.memory})
+    assert desk.get(request.output, 2)[:, 0].tolist() == [5.0, 6.0]
 
 
 def test_a_rank_without_rows_reads_and_writes_nothing(desk: Desk) -> None:
@@ -192,7 +203,7 @@ def test_a_rank_without_rows_reads_and_writes_nothing(desk: Desk) -> None:
     runs: list[Run] = read_runs(step, 0, 3, {0: desk.memory}, CPU)
     assert runs == []
     before = desk.memory.clone()
-    write_runs(torch.empty(0, HIDDEN), runs, {0: desk.memory})
+    write_runs(convert_runs(torch.empty(0, HIDDEN), runs), runs, {0: desk.memory})
     assert torch.equal(desk.memory, before)
 
 

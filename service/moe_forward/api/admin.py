@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from moe_forward.api.availability import Availability
 from moe_forward.api.schemas import Drained, ErrorBody
 from moe_forward.errors import ErrorCode, ForwardError
 from moe_forward.metrics import Metrics
@@ -30,10 +29,8 @@ def check_token(expected: str | None, credentials: HTTPAuthorizationCredentials 
         raise ForwardError(ErrorCode.UNAUTHORIZED, "Authorization: expected the admin token, got another one")
 
 
-def admin_router(
-    availability: Availability, metrics: Metrics, admin_token: str | None, drain: Callable[[], None]
-) -> APIRouter:
-    """Return the admin routes. drain: refuse new forwards from now on."""
+def admin_router(metrics: Metrics, admin_token: str | None, drain: Callable[[], Awaitable[int]]) -> APIRouter:
+    """Return the admin routes. drain: refuse new forwards from now on; returns how many are being served."""
     router = APIRouter(tags=["admin"])
 
     @router.post(
@@ -52,7 +49,6 @@ def admin_router(
         except ForwardError as error:
             metrics.rejected(error.code)
             raise
-        drain()
-        return Drained(inflight_requests=availability.inflight)
+        return Drained(inflight_requests=await drain())
 
     return router

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moe_forward.api.admin import admin_router
 from moe_forward.api.availability import Availability
@@ -16,8 +17,9 @@ from moe_forward.api.keys import DOCS, DRAIN, HEALTH, ApiKeyMiddleware, ApiKeys
 from moe_forward.api.openapi import describe
 from moe_forward.api.ports import Link
 from moe_forward.api.reports import Reports
-from moe_forward.api.request_id import HEADER, RequestIdMiddleware, request_id
+from moe_forward.api.request_id import HEADER, RequestIdMiddleware, note_request_id, request_id
 from moe_forward.api.status import status_router
+from moe_forward.api.tensor_paths import FORWARD, inference_target
 from moe_forward.config import Config
 from moe_forward.errors import ErrorCode, ForwardError
 from moe_forward.metrics import Metrics, package_version
@@ -35,23 +37,29 @@ def create_app(
     metrics: Metrics,
     admin_token: str | None,
     tracer: Tracer | None = None,
+    reports: Reports | None = None,
+    drain_others: Callable[[], Awaitable[int]] | None = None,
 ) -> FastAPI:
     """Build the HTTP front end of one engine.
 
     link: to the engine; the application takes over its `on_report`, `on_queue` and `on_status`.
     admin_token: secret of POST /v1/drain, or None to forbid that call.
     tracer: told of every request and step, or None.
+    reports: what is known of steps; default: what `link` tells, in `metrics` and `tracer` too.
+    drain_others: drains the service's other front ends, and returns how many forwards they are serving; None where
+        there are none.
     Returns: the application. `app.state.drain()` starts draining (the server's SIGTERM), `app.state.draining` says
         whether it has begun, `app.state.availability.inflight` counts the forwards being served.
     Raises: ConfigError when the configuration names API keys that cannot be read.
     """
     availability = Availability(link)
-    reports = Reports(link, spec.name, metrics, tracer)
+    if reports is None:
+        reports = Reports(link, spec.name, metrics, tracer)
     limits = WireLimits(spec, config.max_request_tokens, config.max_timeout_seconds)
     parts = ForwardParts(config, limits, link, availability, metrics, tracer)
     own = ForwardRoute("/v1/moe/forward", lambda headers: _own_encoding(config, headers), parts)
     oip = ForwardRoute("/v2/models/{model}/infer", lambda headers: _oip_encoding(config, headers), parts)
-    app = FastAPI(
+    app = _Application(
         title="moe-forward",
         summary="The MoE part of a transformer layer as a service.",
         version=package_version("moe-forward"),
@@ -69,7 +77,11 @@ def create_app(
     )
     if config.api_keys_file is not None:
         open_paths = (*HEALTH, DRAIN, *DOCS) if config.docs else (*HEALTH, DRAIN)
-        app.add_middleware(ApiKeyMiddleware, ApiKeys(config.api_keys_file), metrics, open_paths)
+        keys = ApiKeys(config.api_keys_file)
+        app.add_middleware(ApiKeyMiddleware, keys, metrics, open_paths)
+        app.answer_first(ApiKeyMiddleware(own, keys, metrics, ()), ApiKeyMiddleware(oip, keys, metrics, ()))
+    else:
+        app.answer_first(own, oip)
     app.add_middleware(RequestIdMiddleware)  # around the keys: a refusal has an id too
     app.add_exception_handler(ForwardError, _refused)
     app.add_exception_handler(HTTPException, _framework_error)
@@ -79,13 +91,39 @@ def create_app(
         availability.drain()
         app.state.draining = True
 
+    async def drain_all() -> int:
+        drain()
+        return availability.inflight + (0 if drain_others is None else await drain_others())
+
     app.state.draining = False
     app.state.drain = drain
     app.state.availability = availability
     app.include_router(status_router(spec, link, availability, reports))
-    app.include_router(admin_router(availability, metrics, admin_token, drain))
+    app.include_router(admin_router(metrics, admin_token, drain_all))
     describe(app, spec, keys=config.api_keys_file is not None)
     return app
+
+
+class _Application(FastAPI):
+    """FastAPI, which is not asked about the tensor calls: its layers would cost them more than their own work."""
+
+    def answer_first(self, own: ASGIApp, oip: ASGIApp) -> None:
+        """Have the tensor calls answered by these; they are routes of the framework too, for its description."""
+        self._own = own
+        self._oip = oip
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection scope."""
+        if scope["type"] == "http" and not scope.get("root_path"):
+            path = scope["path"]
+            target = None if path == FORWARD else inference_target(path)
+            if path == FORWARD or target is not None:
+                note_request_id(scope)
+                if target is not None:
+                    scope["path_params"] = {"model": target[0], "version": target[1]}
+                await (self._own if target is None else self._oip)(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 def _own_encoding(config: Config, headers: Mapping[str, str]) -> tuple[Encoding, int]:

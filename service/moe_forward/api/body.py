@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import lru_cache
 from urllib.parse import parse_qsl
 
 from starlette.types import Receive
@@ -22,18 +23,24 @@ def header_map(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     """Return the headers by lower-case name; repeated ones joined by ", " (RFC 9110 5.3)."""
     headers: dict[str, str] = {}
     for raw_name, raw_value in raw:
-        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        name, value = _header_name(raw_name), raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
-def query_fields(query_string: bytes) -> list[tuple[str, str]]:
-    """Return the query's fields in order.
+@lru_cache(maxsize=256)
+def _header_name(raw: bytes) -> str:
+    return raw.decode("latin-1").lower()
+
+
+@lru_cache(maxsize=256)
+def query_fields(query_string: bytes) -> tuple[tuple[str, str], ...]:
+    """Return the query's fields in order; remembered, since a client sends the same ones again and again.
 
     Raises: ForwardError INVALID_PARAMETER for more fields than any call has.
     """
     try:
-        return parse_qsl(query_string.decode("latin-1"), keep_blank_values=True, max_num_fields=QUERY_FIELDS)
+        return tuple(parse_qsl(query_string.decode("latin-1"), keep_blank_values=True, max_num_fields=QUERY_FIELDS))
     except ValueError as error:
         raise ForwardError(
             ErrorCode.INVALID_PARAMETER, f"the query has more than the {QUERY_FIELDS} fields allowed"
@@ -102,10 +109,14 @@ async def receive_body(receive: Receive, target: memoryview, timeout_seconds: fl
     try:
         await asyncio.wait_for(fill(), timeout_seconds)
     except asyncio.TimeoutError as error:
-        raise ForwardError(
-            ErrorCode.BODY_TIMEOUT,
-            f"the body: expected {len(target)} bytes within {timeout_seconds:g} s, got {filled}",
-        ) from error
+        raise body_too_slow(len(target), timeout_seconds, filled) from error
+
+
+def body_too_slow(nbytes: int, timeout_seconds: float, got: int) -> ForwardError:
+    """Return the refusal of a body of which only `got` of `nbytes` bytes came in time."""
+    return ForwardError(
+        ErrorCode.BODY_TIMEOUT, f"the body: expected {nbytes} bytes within {timeout_seconds:g} s, got {got}"
+    )
 
 
 async def disconnected(receive: Receive) -> None:

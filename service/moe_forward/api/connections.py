@@ -1,4 +1,5 @@
-"""One HTTP connection: uvicorn's, with bounds on what a client may hold without a request, and errors of one form.
+"""One HTTP connection: uvicorn's, with bounds on what a client may hold without a request, errors of one form, and
+bodies of tensor calls that go past the parser (`moe_forward.api.direct`).
 
 uvicorn with httptools has no limit of its own on the size of headers, on the time they take, on connections that send
 nothing, nor on the rest of a refused body, and answers what is no HTTP in plain text.
@@ -11,16 +12,25 @@ import functools
 import http
 import logging
 import math
+import os
 import ssl
-import uuid
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from moe_forward.api.buffers import Buffers
+from moe_forward.api.direct import DirectBody, DirectPeer
 from moe_forward.api.errors import render
+from moe_forward.api.peer import EXTENSION
+from moe_forward.api.request_id import new_request_id
+from moe_forward.api.tensor_paths import is_tensor_path
 from moe_forward.config import Config
 from moe_forward.errors import ErrorCode, ForwardError
 
@@ -44,14 +54,23 @@ class ConnectionLimits:
     body_seconds: float
 
 
-def server_settings(app: ASGIApp, config: Config, tls: ssl.SSLContext | None) -> uvicorn.Config:
-    """Return how uvicorn serves `app`. tls: None serves plain HTTP."""
+def server_settings(
+    app: ASGIApp,
+    config: Config,
+    tls: ssl.SSLContext | None,
+    takes_body: Callable[[str], bool] = is_tensor_path,
+) -> uvicorn.Config:
+    """Return how uvicorn serves `app`.
+
+    tls: None serves plain HTTP. takes_body: whether what `app` does at a path asks the request's peer for its body.
+    """
     limits = ConnectionLimits(
         config.max_connections, config.max_header_bytes, config.header_timeout_seconds, config.body_timeout_seconds
     )
     settings = uvicorn.Config(
         app,
-        http=functools.partial(Connection, limits),  # type: ignore[arg-type]  # called like the class it makes
+        # called like the class it makes
+        http=functools.partial(_accept, limits, Buffers(), takes_body),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -66,22 +85,75 @@ def server_settings(app: ASGIApp, config: Config, tls: ssl.SSLContext | None) ->
     return settings
 
 
-class Connection(HttpToolsProtocol):
-    """uvicorn's connection, held to `limits`. Further arguments are uvicorn's."""
+def _accept(
+    limits: ConnectionLimits, buffers: Buffers, takes_body: Callable[[str], bool], *arguments: Any, **options: Any
+) -> Intake:
+    return Intake(Connection(limits, buffers, takes_body, *arguments, **options))
 
-    def __init__(self, limits: ConnectionLimits, *arguments: Any, **options: Any) -> None:
+
+class Intake(asyncio.BufferedProtocol):
+    """What the event loop sees of a `Connection`: loops take it from its class whether a protocol names the memory that
+    is read into, and uvicorn's class says no."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection_made = connection.connection_made  # type: ignore[assignment]
+        self.connection_lost = connection.connection_lost  # type: ignore[method-assign]
+        self.eof_received = connection.eof_received  # type: ignore[method-assign]
+        self.pause_writing = connection.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = connection.resume_writing  # type: ignore[method-assign]
+        self.get_buffer = connection.get_buffer  # type: ignore[method-assign]
+        self.buffer_updated = connection.buffer_updated  # type: ignore[method-assign]
+
+
+class _Flow(FlowControl):
+    """uvicorn's flow control, which does not read on while there is no room for what would come."""
+
+    def __init__(self, transport: asyncio.Transport, has_room: Callable[[], bool]) -> None:
+        super().__init__(transport)
+        self._has_room = has_room
+
+    def resume_reading(self) -> None:
+        """Read on, if there is room."""
+        if self._has_room():
+            super().resume_reading()
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection, held to `limits`.
+
+    buffers: to read into. takes_body: see `server_settings`. Further arguments are uvicorn's.
+    """
+
+    def __init__(
+        self,
+        limits: ConnectionLimits,
+        buffers: Buffers,
+        takes_body: Callable[[str], bool],
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
         self._limits = limits
+        self._buffers = buffers
+        self._takes_body = takes_body
+        self._socket: int | None = None  # to write to past the loop; None under TLS
+        self._peers: deque[DirectPeer | None] = deque()  # of the requests not yet answered, in order
+        self._body: DirectBody | None = None  # being received
+        self._awaits_body: tuple[DirectPeer, int] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._in_head = True  # waiting for a request's headers, or receiving them
         self._head_started = False
-        self._heads = 0
+        self._heads = self._messages = 0
         self._part_bytes = self._read_bytes = 0
         self._refusal: ForwardError | None = None  # why nothing more is read from this connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse one connection too many; start the clock of the first request's headers."""
         super().connection_made(transport)
+        self.flow = _Flow(transport, self._has_room)
+        if transport.get_extra_info("sslcontext") is None:
+            self._socket = transport.get_extra_info("socket").fileno()
+            transport.set_write_buffer_limits(0)  # "paused" is "not all is sent", after which one may write past it
         if len(self.connections) <= self._limits.connections:
             self._allow(self._limits.header_seconds)
             return
@@ -92,18 +164,95 @@ class Connection(HttpToolsProtocol):
         transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clock; tell whoever waits for the client."""
         self._stop_clock()
         super().connection_lost(exc)
+        for peer in self._peers:
+            if peer is not None:
+                peer.gone()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview | bytearray:
+        """Return where the next bytes belong."""
+        if self._body is None:
+            return self._buffers.current
+        room = self._body.room()
+        if room is None:
+            raise RuntimeError("a connection was read from that has no room for a body yet")
+        return room
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Parse what came, unless it is part of a body that has its own way."""
+        body = self._body
+        if body is None:
+            self._parse(nbytes)
+            return
+        body.got += nbytes
+        if body.complete:
+            self._body_came(body)
+        elif body.room() is None:
+            self.flow.pause_reading()
+
+    def _has_room(self) -> bool:
+        return self._body is None or self._body.room() is not None
+
+    def _parse(self, end: int) -> None:
+        """Parse the first `end` bytes of the current buffer, a request's headers apart from what follows them."""
+        buffer = self._buffers.current
+        data = memoryview(buffer)
+        start = 0
+        while start < end and self._refusal is None:
+            mark = buffer.find(b"\r\n\r\n", start, end) if self._in_head else -1
+            stop = end if mark < 0 else mark + 4
+            self.data_received(data[start:stop])
+            start = stop
+            if self._awaits_body is not None:
+                start = self._begin_body(buffer, start, end)
+
+    def _begin_body(self, buffer: bytearray, start: int, end: int) -> int:
+        """Have the body of which [start, end) of `buffer` is the first part, and may be more, go past the parser.
+
+        Returns: where what follows the body starts.
+        """
+        assert self._awaits_body is not None
+        peer, length = self._awaits_body
+        self._awaits_body = None
+        body = self._body = DirectBody(length, self._buffers)
+        peer.takes(body)
+        if end - start > length:
+            body.begin_with(bytes(memoryview(buffer)[start : start + length]))
+        else:
+            body.begin(start, end)
+        if body.complete:
+            self._body_came(body)
+        elif body.room() is None:
+            self.flow.pause_reading()
+        return min(end, start + length)
+
+    def _body_came(self, body: DirectBody) -> None:
+        """Go on with the next request; the parser would go on with this one's body."""
+        self._body = None
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn makes it
+        self.on_message_complete()
+        body.came()
+
+    def write_now(self, first: bytes, second: memoryview | bytes) -> int:
+        """Write to the socket what it takes at once, without a copy; returns how many bytes of both that were."""
+        if self._socket is None or self.transport.is_closing() or self.transport.get_write_buffer_size():
+            return 0
+        try:
+            return os.writev(self._socket, (first, second))
+        except OSError:  # it is full, or broken: the loop finds out by itself
+            return 0
+
+    def data_received(self, data: bytes | memoryview) -> None:
         """Parse, and bound what comes before the end of a request's headers."""
         if self._refusal is not None:
             return
-        if self._in_head and self._timer is None:
+        heads, messages, unfinished = self._heads, self._messages, self._head_started
+        super().data_received(data)  # type: ignore[arg-type]  # the parser takes either
+        if self._in_head and self._timer is None and (self._head_started or self._messages == messages):
             self._allow(self._limits.header_seconds)
-        heads, unfinished = self._heads, self._head_started
-        super().data_received(data)
         # The parser tells of a header when it is complete. One that never is counts by the reads it takes; the read
         # in which a head begins or ends may hold other things.
         if unfinished and self._head_started and self._heads == heads and self._refusal is None:
@@ -133,15 +282,33 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         self._in_head = self._head_started = False
         self._stop_clock()
+        if not self._takes_body(self.scope["path"]):
+            self._peers.append(None)
+            return
+        peer = DirectPeer(self, self.cycle)
+        self._peers.append(peer)
+        self.scope["extensions"] = {EXTENSION: peer}  # type: ignore[dict-item]  # the peer is an object
+        length = _body_length(self.headers)
+        if length:
+            self._awaits_body = (peer, length)
+
+    def on_body(self, body: bytes) -> None:
+        """Hand a part of a body over in uvicorn's way; the rest of it then goes the same way."""
+        self._awaits_body = None
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Wait for the next request."""
         super().on_message_complete()
+        self._messages += 1
         self._in_head = True
         self._stop_clock()
 
     def on_response_complete(self) -> None:
         """Bound the rest of a body whose request is answered already."""
+        peer = self._peers.popleft()
+        if peer is not None:
+            peer.answered()
         super().on_response_complete()
         if not self._in_head and self.cycle.response_complete:
             self._allow(self._limits.body_seconds)
@@ -187,7 +354,7 @@ class Connection(HttpToolsProtocol):
         self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _write(self, error: ForwardError) -> None:
-        request = uuid.uuid4().hex
+        request = new_request_id()
         rendered = render(error, request)
         headers = [*rendered.headers, ("x-request-id", request), ("content-length", str(len(rendered.body)))]
         status = f"HTTP/1.1 {rendered.status} {http.HTTPStatus(rendered.status).phrase}"
@@ -210,3 +377,17 @@ class Connection(HttpToolsProtocol):
             self._refuse(ForwardError(ErrorCode.HEADER_TIMEOUT, sentence))
         elif self.cycle is None or self.cycle.response_complete:  # no request, or the rest of one that was answered
             self.transport.close()
+
+
+def _body_length(headers: list[tuple[bytes, bytes]]) -> int:
+    """Return the size of a body that is sent as it is, 0 for none or another way to send it.
+
+    headers: as the parser took them, which refuses sizes that are no numbers or contradict each other.
+    """
+    length = 0
+    for name, value in headers:
+        if name == b"content-length":
+            length = int(value)
+        elif name in (b"transfer-encoding", b"upgrade"):
+            return 0
+    return length

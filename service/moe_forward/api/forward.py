@@ -19,17 +19,17 @@ from moe_forward.api.body import (
     ClientDisconnected,
     check_content_encoding,
     content_length,
-    disconnected,
     header_map,
     query_fields,
-    receive_body,
 )
+from moe_forward.api.clients import client_number
 from moe_forward.api.errors import STATUS, render
+from moe_forward.api.interruption import Interruption
 from moe_forward.api.keys import caller
 from moe_forward.api.lease import Lease
+from moe_forward.api.peer import Peer, peer_of
 from moe_forward.api.ports import Link
-from moe_forward.api.reply import send_reply
-from moe_forward.api.request_id import request_id
+from moe_forward.api.request_id import HEADER, request_id
 from moe_forward.config import Config
 from moe_forward.errors import ErrorCode, ForwardError
 from moe_forward.logs import log_request
@@ -39,9 +39,12 @@ from moe_forward.slab import Extent
 from moe_forward.tracing import Tracer, trace_context
 from moe_forward.types import ForwardRequest, ForwardResult, TensorRef
 from moe_forward.wire.base import Encoding, ForwardCall, ReplyNotes, WireLimits, WireReply, WireRequest, WireTensor
+from moe_forward.wire.missing import marked, missing_of
 from moe_forward.wire.oip import check_model
 
 log = logging.getLogger(__name__)
+
+ID_HEADER = HEADER.decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +78,14 @@ class ForwardRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request and account for it, whatever its end."""
         record = RequestRecord(self._route, request_id(scope), self._model)
+        peer = peer_of(scope, receive, send)
         lease = Lease(self._link)
         record.moments.started = time.perf_counter()
         span = self._begin_trace(scope, record)
         self._parts.metrics.request_started(self._model)
         try:
             with self._parts.availability.serving():
-                await self._serve(scope, receive, send, lease, record)
+                await self._serve(scope, peer, lease, record)
         except (ClientDisconnected, asyncio.CancelledError) as error:
             record.status, record.code = STATUS[ErrorCode.CANCELLED], ErrorCode.CANCELLED
             if isinstance(error, asyncio.CancelledError):
@@ -101,10 +105,10 @@ class ForwardRoute:
             record.trace_id, record.sampled = parent.trace_id, parent.sampled
         return None if self._parts.tracer is None else self._parts.tracer.request_started(record, parent)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, lease: Lease, record: RequestRecord) -> None:
+    async def _serve(self, scope: Scope, peer: Peer, lease: Lease, record: RequestRecord) -> None:
         chunk_timeout = self._parts.config.body_timeout_seconds
         try:
-            reply = await self._answer(scope, receive, lease, record)
+            reply = await self._answer(scope, peer, lease, record)
         except ForwardError as refusal:
             error = refusal
         except ClientDisconnected:
@@ -114,18 +118,25 @@ class ForwardRoute:
             log.exception("a forward failed", extra=where)
             error = ForwardError(ErrorCode.INTERNAL, "internal error; the log has the details under this request id")
         else:
-            headers = (("content-type", reply.content_type), *reply.headers)
+            queue_ms, step_ms = 1e3 * (record.queue_seconds or 0.0), 1e3 * (record.step_seconds or 0.0)
+            headers = (
+                ("content-type", reply.content_type),
+                *reply.headers,
+                (ID_HEADER, record.request_id),
+                ("server-timing", f"queue;dur={queue_ms:.3f}, step;dur={step_ms:.3f}"),
+            )
             record.moments.sending = time.perf_counter()
-            await send_reply(send, record.status, headers, reply.head, reply.body, lease.release, chunk_timeout)
+            await peer.send_reply(record.status, headers, reply.head, reply.body, lease.release, chunk_timeout)
             return
         rendered = render(error, record.request_id)
         record.moments.sending = time.perf_counter()
         record.status, record.code = rendered.status, error.code
         if rendered.status >= 500:  # what the service did wrong; a 4xx sentence may quote what the client sent
             record.error = error.message
-        await send_reply(send, rendered.status, rendered.headers, b"", rendered.body, lease.release, chunk_timeout)
+        headers = (*rendered.headers, (ID_HEADER, record.request_id))
+        await peer.send_reply(rendered.status, headers, b"", rendered.body, lease.release, chunk_timeout)
 
-    async def _answer(self, scope: Scope, receive: Receive, lease: Lease, record: RequestRecord) -> WireReply:
+    async def _answer(self, scope: Scope, peer: Peer, lease: Lease, record: RequestRecord) -> WireReply:
         config, slab = self._parts.config, self._link.slab
         refusal = self._parts.availability.refusal()
         if refusal is not None:
@@ -144,18 +155,18 @@ class ForwardRoute:
 
         body = lease.take(length, "the body")
         view = slab.view(body.offset, length)
-        await receive_body(receive, view, config.body_timeout_seconds)
+        await peer.receive_body(view, config.body_timeout_seconds)
         record.body_bytes = length
 
         start = record.moments.decoding = time.perf_counter()
         wire_request = WireRequest(headers, query, view, model, version)
         call = encoding.decode(wire_request, self._parts.limits)
         record.layer, record.tokens = call.layer, call.tokens
-        request = self._request(call, body, lease)
+        request = self._request(call, body, lease, client_number(scope))
         record.decode_seconds = time.perf_counter() - start
 
         record.moments.handed_over = time.perf_counter()
-        result = record.result = await self._result(request, receive, lease)
+        result = record.result = await self._result(request, peer, lease)
         record.moments.answered = time.perf_counter()
         record.queue_seconds, record.step_seconds = result.queue_seconds, result.step_seconds
         if result.code is not None:
@@ -163,12 +174,14 @@ class ForwardRoute:
 
         start = record.moments.encoding = time.perf_counter()
         output = slab.view(request.output.offset, call.tokens * request.output.columns * call.output_dtype.itemsize)
-        notes = ReplyNotes(record.request_id, result.batch_tokens, result.queue_seconds, result.step_seconds)
-        reply = encoding.encode(call, output, notes)
+        missing = missing_of(result, self._parts.limits.spec.num_experts)
+        lacking = {} if missing is None else missing.fields
+        notes = ReplyNotes(record.request_id, result.batch_tokens, result.queue_seconds, result.step_seconds, lacking)
+        reply = marked(encoding.encode(call, output, notes), missing)
         record.encode_seconds = time.perf_counter() - start
         return reply
 
-    def _request(self, call: ForwardCall, body: Extent, lease: Lease) -> ForwardRequest:
+    def _request(self, call: ForwardCall, body: Extent, lease: Lease, client: int) -> ForwardRequest:
         """Describe `call` to the engine: every tensor by its place in the slab, converted ones copied there."""
         columns = self._parts.limits.spec.hidden_size
         output = lease.take(call.tokens * columns * call.output_dtype.itemsize, "the output")
@@ -192,6 +205,7 @@ class ForwardRoute:
             chosen=place(call.chosen),
             weights=place(call.weights),
             output=TensorRef(output.offset, call.output_dtype, columns),
+            client=client,
         )
 
     def _place(self, tensor: WireTensor, body: Extent, lease: Lease) -> TensorRef:
@@ -203,23 +217,22 @@ class ForwardRoute:
         self._link.slab.view(extent.offset, len(data))[:] = data
         return TensorRef(extent.offset, tensor.dtype, columns)
 
-    async def _result(self, request: ForwardRequest, receive: Receive, lease: Lease) -> ForwardResult:
+    async def _result(self, request: ForwardRequest, peer: Peer, lease: Lease) -> ForwardResult:
         """Wait for the engine, the deadline or the client's leaving, whichever comes first."""
         lease.handed_over(request.request)
-        forward = asyncio.ensure_future(self._link.forward(request))
-        gone = asyncio.ensure_future(disconnected(receive))
+        interruption = Interruption()
+        remaining_seconds = max(0.0, request.deadline_seconds - time.monotonic())
+        timer = asyncio.get_running_loop().call_later(remaining_seconds, lambda: interruption.because(_too_late()))
+        peer.watch(lambda: interruption.because(ClientDisconnected()))
         try:
-            remaining_seconds = max(0.0, request.deadline_seconds - time.monotonic())
-            await asyncio.wait((forward, gone), timeout=remaining_seconds, return_when=asyncio.FIRST_COMPLETED)
-            if forward.done():
-                return forward.result()
-            if gone.done():
-                gone.result()
-                raise ClientDisconnected
-            raise ForwardError(ErrorCode.DEADLINE_EXCEEDED, "timeout_ms: the deadline passed before the step was done")
+            return await interruption.wait(self._link.forward(request))
         finally:
-            forward.cancel()
-            gone.cancel()
+            timer.cancel()
+            peer.unwatch()
+
+
+def _too_late() -> ForwardError:
+    return ForwardError(ErrorCode.DEADLINE_EXCEEDED, "timeout_ms: the deadline passed before the step was done")
 
 
 def _log(record: RequestRecord, caller: str | None) -> None:

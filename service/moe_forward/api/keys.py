@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moe_forward.api.errors import render
-from moe_forward.api.request_id import request_id
+from moe_forward.api.request_id import HEADER, request_id
 from moe_forward.api.watched import Watched
 from moe_forward.errors import ConfigError, ErrorCode, ForwardError
 from moe_forward.logs import log_request
@@ -137,7 +137,8 @@ class ApiKeyMiddleware:
         )
         self._metrics.rejected(error.code)
         rendered = render(error, request_id(scope))
-        await Response(rendered.body, rendered.status, dict(rendered.headers))(scope, receive, send)
+        headers = {**dict(rendered.headers), HEADER.decode(): request_id(scope)}
+        await Response(rendered.body, rendered.status, headers)(scope, receive, send)
         client = scope.get("client")
         fields = {
             "request_id": request_id(scope),

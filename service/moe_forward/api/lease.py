@@ -13,6 +13,8 @@ class Lease:
     link: whose slab they lie in, and who knows when the ranks are done with them.
     """
 
+    __slots__ = ("_extents", "_link", "_request")
+
     def __init__(self, link: Link) -> None:
         self._link = link
         self._extents: list[Extent] = []

@@ -32,6 +32,16 @@ KEY_SCHEMES = {
     "ApiKeyBearer": {"type": "http", "scheme": "bearer", "description": "A key of api_keys_file."},
     "ApiKeyHeader": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same."},
 }
+DEGRADED = {
+    "X-MoE-Degraded": {
+        "schema": {"type": "string"},
+        "description": "missing-experts=N of E, where the ranks lack experts and the operator chose to go on.",
+    },
+    "X-MoE-Missing-Routes": {
+        "schema": {"type": "integer"},
+        "description": "Routes of this request to such experts, which added nothing to the output.",
+    },
+}
 NO_KEY = {"description": "An API key is needed, and none or none that is valid came.", "content": ERROR}
 
 
@@ -137,6 +147,8 @@ def _json_reply(spec: ModelSpec) -> dict[str, Any]:
             "layer": {"type": "integer"},
             "tokens": {"type": "integer"},
             "request_id": {"type": "string"},
+            "missing_routes": {"type": "integer"},
+            "missing_experts": {"type": "integer"},
         },
     }
 
@@ -181,5 +193,5 @@ def _operation(
         "description": description,
         "parameters": parameters,
         "requestBody": {"required": True, "content": content},
-        "responses": {"200": {"description": "The output.", "content": reply}, **refusals},
+        "responses": {"200": {"description": "The output.", "headers": DEGRADED, "content": reply}, **refusals},
     }

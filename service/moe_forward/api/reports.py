@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Protocol
 
 from moe_forward.api.ports import Link
 from moe_forward.metrics import Metrics
-from moe_forward.tracing import Tracer
 from moe_forward.types import EngineStatus, QueueReport, StepReport
+
+
+class HearsSteps(Protocol):
+    """The part of a tracer that is told of steps."""
+
+    def step_finished(self, report: StepReport) -> None:
+        """Take in a step."""
+        ...
 
 
 class Reports:
     """Listens to one link.
 
-    tracer: also told of steps, or None.
+    metrics: told of everything; None where another front end of the service exports it. tracer: also told of steps.
     rank_tokens: rank -> rows its experts computed since this front end started.
     """
 
-    def __init__(self, link: Link, model: str, metrics: Metrics, tracer: Tracer | None = None) -> None:
+    def __init__(self, link: Link, model: str, metrics: Metrics | None, tracer: HearsSteps | None = None) -> None:
         self.rank_tokens: Counter[int] = Counter()
         self._model = model
         self._metrics = metrics
@@ -28,13 +36,16 @@ class Reports:
         link.on_report = self._on_report
 
     def _on_status(self, status: EngineStatus) -> None:
-        self._metrics.status_changed(self._model, status)
+        if self._metrics is not None:
+            self._metrics.status_changed(self._model, status)
 
     def _on_queue(self, report: QueueReport) -> None:
-        self._metrics.queue_changed(self._model, report)
+        if self._metrics is not None:
+            self._metrics.queue_changed(self._model, report)
 
     def _on_report(self, report: StepReport) -> None:
-        self._metrics.step_finished(self._model, report)
+        if self._metrics is not None:
+            self._metrics.step_finished(self._model, report)
         if self._tracer is not None:
             self._tracer.step_finished(report)
         for result in report.results:

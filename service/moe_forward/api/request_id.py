@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import uuid
+import itertools
+import os
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = b"x-request-id"
 MAX_CHARACTERS = 128
+
+
+def _numbered() -> Callable[[], str]:
+    start, numbers = os.urandom(10).hex(), itertools.count(int.from_bytes(os.urandom(5), "little"))
+    return lambda: f"{start}{next(numbers):012x}"
+
+
+new_request_id = _numbered()
+"""Return an id of 32 hex digits that no other process and no earlier request has: random, then counting."""
 
 
 def accepted(value: bytes) -> bool:
@@ -18,6 +29,14 @@ def accepted(value: bytes) -> bool:
 def request_id(scope: Scope) -> str:
     """Return the id that `RequestIdMiddleware` gave to this request."""
     value: str = scope["state"]["request_id"]
+    return value
+
+
+def note_request_id(scope: Scope) -> str:
+    """Choose the id of a request, note it in the scope's state, and return it."""
+    sent = next((value for name, value in scope["headers"] if name == HEADER), b"")
+    value = sent.decode("ascii") if accepted(sent) else new_request_id()
+    scope.setdefault("state", {})["request_id"] = value
     return value
 
 
@@ -32,13 +51,13 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = next((value for name, value in scope["headers"] if name == HEADER), b"")
-        value = sent if accepted(sent) else uuid.uuid4().hex.encode()
-        scope.setdefault("state", {})["request_id"] = value.decode("ascii")
+        value = note_request_id(scope).encode("ascii")
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), (HEADER, value)]}
+                headers = message.get("headers", ())
+                if all(name != HEADER for name, _ in headers):
+                    message = {**message, "headers": [*headers, (HEADER, value)]}
             await send(message)
 
         await self._app(scope, receive, send_with_id)

@@ -56,6 +56,9 @@ class Placement(BaseModel):
     layers: list[int]
     generation: int = Field(description="Number of the rank group; another number means that it was started again.")
     ranks: list[PlacementRank]
+    missing_experts: list[int] = Field(
+        description="Experts that no rank holds (on_rank_loss: degrade); routes to them add nothing."
+    )
 
 
 class Rank(BaseModel):
@@ -81,4 +84,4 @@ class Drained(BaseModel):
     """What draining still waits for."""
 
     draining: Literal[True] = True
-    inflight_requests: int = Field(description="Forwards this front end is still serving; ask again until it is 0.")
+    inflight_requests: int = Field(description="Forwards still being served; ask again until it is 0.")

@@ -20,12 +20,13 @@ UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"model": ErrorBody, "descr
 
 def placement(spec: ModelSpec, status: EngineStatus) -> Placement:
     """Return which rank holds which experts of which layer."""
+    missing = set(status.missing)
     ranks = [
         PlacementRank(
             rank=info.rank,
             node=info.node,
             device=info.device,
-            experts={layer: list(range(*info.experts)) for layer in spec.layers},
+            experts={layer: [id for id in range(*info.experts) if id not in missing] for layer in spec.layers},
         )
         for info in status.ranks
     ]
@@ -39,6 +40,7 @@ def placement(spec: ModelSpec, status: EngineStatus) -> Placement:
         layers=list(spec.layers),
         generation=status.generation,
         ranks=ranks,
+        missing_experts=list(status.missing),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import NoReturn
 
@@ -34,7 +34,7 @@ PACKED_SCALES = "weight_scale"
 PACKED_SHAPE = "weight_shape"
 
 
-def layer_tensors(index: CheckpointIndex, spec: ModelSpec, layer: int, experts: range) -> LayerTensors:
+def layer_tensors(index: CheckpointIndex, spec: ModelSpec, layer: int, experts: Sequence[int]) -> LayerTensors:
     """Find what a rank with `experts` holds of one layer.
 
     Returns: the tensors, each of a dtype and shape that fits the spec.
@@ -42,8 +42,10 @@ def layer_tensors(index: CheckpointIndex, spec: ModelSpec, layer: int, experts: 
     """
     if layer not in spec.layers:
         raise CheckpointError(f"layer {layer} is not an MoE layer of {index.folder}; those are {list(spec.layers)}")
-    if experts and not (experts.step == 1 and experts[0] >= 0 and experts[-1] < spec.num_experts):
-        raise CheckpointError(f"experts {experts} are not within the {spec.num_experts} experts of {index.folder}")
+    if list(experts) != sorted({expert for expert in experts if 0 <= expert < spec.num_experts}):
+        raise CheckpointError(
+            f"experts {experts} are not within the {spec.num_experts} experts of {index.folder}, ascending"
+        )
     spell = mixtral_spelling if mixtral_spelling(gate_weight(layer)) in index.tensors else str
     intermediate = spec.shared_intermediate_size
     return LayerTensors(

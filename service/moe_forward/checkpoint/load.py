@@ -56,7 +56,7 @@ def load_shard(
     folder: Path,
     spec: ModelSpec,
     layers: Sequence[int],
-    experts: range,
+    experts: Sequence[int],
     on_progress: Callable[[int, int], None] | None = None,
     read: bool = True,
     on_load_scales: Scales = "rtn",
@@ -65,7 +65,7 @@ def load_shard(
 
     folder: of a format that `checkpoint.layout` or `checkpoint.compressed_tensors` tells of, or not quantized, or fp8
         in blocks: what is not int4 yet is quantized here as `quantize` does it, and said so in the log.
-    layers: ids to load. experts: ids this rank holds.
+    layers: ids to load. experts: ids this rank holds, ascending.
     on_progress: called in this thread with (bytes done, bytes in total) of what is read here.
     read: have the experts' pages read and check their scales. Without, experts that need no quantization are only
         mapped, for somebody who brings them elsewhere and checks them there: a GPU's memory may be larger than the

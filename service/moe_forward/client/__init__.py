@@ -5,7 +5,7 @@
 
 `Client` and `AsyncClient` have the same calls. Each takes and gives torch tensors or numpy arrays, whichever it was
 given. Everything raised about a call is a `MoEForwardClientError`; wrong arguments are TypeError or ValueError and
-send nothing.
+send nothing. A result that lacks what some experts would have added comes with the warning `MissingExperts`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from moe_forward.client.asynchronous import AsyncClient
 from moe_forward.client.blocking import Client
 from moe_forward.client.errors import (
     DeadlineExceeded,
+    MissingExperts,
     MoEForwardClientError,
     RequestRefused,
     ServerFailed,
@@ -26,6 +27,7 @@ __all__ = [
     "AsyncClient",
     "Client",
     "DeadlineExceeded",
+    "MissingExperts",
     "MoEForwardClientError",
     "RequestRefused",
     "ServerFailed",

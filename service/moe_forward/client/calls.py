@@ -6,17 +6,19 @@ import functools
 import math
 import urllib.parse
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from moe_forward.client.errors import TransportFailed
+from moe_forward.client.errors import MissingExperts, TransportFailed
 from moe_forward.client.replies import Reply, json_object
 from moe_forward.client.tensors import Array, OutputLike, decode_output, encode_forward
 
 T = TypeVar("T")
 
 SAFETENSORS = "application/vnd.safetensors"
+DEGRADED, MISSING_ROUTES = "x-moe-degraded", "x-moe-missing-routes"
 MAX_REQUEST_ID = 128
 """Characters; the server gives a request with a longer id one of its own."""
 
@@ -138,4 +140,10 @@ def _output(reply: Reply, like: OutputLike) -> Array:
     media_type = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != SAFETENSORS:
         raise TransportFailed(f"the reply must be {SAFETENSORS}, it is {media_type or 'without a content type'}")
+    if MISSING_ROUTES in reply.headers:
+        # The same words for every such reply, so that Python's default filter shows them once.
+        lacking = reply.headers.get(DEGRADED, "missing-experts unknown")
+        warnings.warn(
+            f"the service lacks experts ({lacking}); routes to them add nothing", MissingExperts, stacklevel=2
+        )
     return decode_output(reply.body, like)

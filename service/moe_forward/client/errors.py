@@ -5,6 +5,14 @@ from __future__ import annotations
 from moe_forward.errors import MoEForwardError
 
 
+class MissingExperts(UserWarning):
+    """A result lacks what some experts would have added: the service goes on without them (`on_rank_loss: degrade`).
+
+    `warnings.simplefilter("error", MissingExperts)` makes such a result an error; `placement()["missing_experts"]` says
+    which experts they are.
+    """
+
+
 class MoEForwardClientError(MoEForwardError):
     """A call did not get its result.
 

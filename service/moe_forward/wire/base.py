@@ -7,15 +7,15 @@ Dimensions: T tokens, H hidden, E experts, K top-k.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from moe_forward.types import DType, ModelSpec, Routing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class WireLimits:
-    """What a request is checked against.
+    """What a request is checked against; one object a front end, told from others by being another.
 
     spec: the served model. max_request_tokens: rows of one request at most. max_timeout_seconds: longest deadline.
     """
@@ -84,12 +84,14 @@ class ReplyNotes:
     """What a reply says about its forward.
 
     batch_tokens: rows of the step it was part of. queue_seconds, step_seconds: waiting and computing.
+    lacking: further fields of a reply that was made without some experts, where the encoding has a place for them.
     """
 
     request_id: str
     batch_tokens: int
     queue_seconds: float
     step_seconds: float
+    lacking: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

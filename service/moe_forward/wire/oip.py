@@ -76,16 +76,18 @@ def encode(call: ForwardCall, output: memoryview, notes: ReplyNotes) -> WireRepl
         tensor["parameters"] = {"binary_data_size": output.nbytes}
     else:
         tensor["data"] = to_floats(output, call.output_dtype, shape[1]).ravel().tolist()
+    about: dict[str, int] = {
+        "batch_tokens": notes.batch_tokens,
+        "queue_us": round(notes.queue_seconds * 1e6),
+        "forward_us": round(notes.step_seconds * 1e6),
+        **notes.lacking,
+    }
     message = {
         "model_name": reply.model,
         "model_version": MODEL_VERSION,
         **({} if reply.id is None else {"id": reply.id}),
         "outputs": [tensor],
-        "parameters": {
-            "batch_tokens": notes.batch_tokens,
-            "queue_us": round(notes.queue_seconds * 1e6),
-            "forward_us": round(notes.step_seconds * 1e6),
-        },
+        "parameters": about,
     }
     text = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
     if reply.binary:

@@ -11,7 +11,16 @@ from moe_forward.wire.base import WireLimits, WireRequest
 from moe_forward.wire.text import shown
 
 NAMES = ("layer", "shared_experts", "timeout_ms")
+_HEADERS = tuple(
+    (header, name)
+    for name in NAMES
+    # a set of spellings, since `layer` has no underscore to write as a dash
+    for spelling in dict.fromkeys((name, name.replace("_", "-")))
+    for header in (spelling, f"x-moe-{spelling}")
+)
 
+PARAMETER_HEADERS = tuple(header for header, _ in _HEADERS)
+"""Headers that hold parameters."""
 
 _Value = TypeVar("_Value", int, float, bool)
 
@@ -80,12 +89,9 @@ def resolve(given: Sequence[Given], limits: WireLimits) -> Parameters:
 
 
 def _from_headers(headers: Mapping[str, str]) -> Iterator[Given]:
-    for name in NAMES:
-        # a set of spellings, since `layer` has no underscore to write as a dash
-        for spelling in dict.fromkeys((name, name.replace("_", "-"))):
-            for header in (spelling, f"x-moe-{spelling}"):
-                if header in headers:
-                    yield Given(name, headers[header].strip(), f"the header {header}", typed=False)
+    for header, name in _HEADERS:
+        if header in headers:
+            yield Given(name, headers[header].strip(), f"the header {header}", typed=False)
 
 
 def _agreed(

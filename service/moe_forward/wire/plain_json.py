@@ -43,5 +43,6 @@ def encode(call: ForwardCall, output: memoryview, notes: ReplyNotes) -> WireRepl
     Raises: ForwardError NON_FINITE for a value JSON cannot hold.
     """
     rows = to_floats(output, call.output_dtype, output_shape(call, output)[1])
-    message = {"output": rows.tolist(), "layer": call.layer, "tokens": call.tokens, "request_id": notes.request_id}
+    about = {"layer": call.layer, "tokens": call.tokens, "request_id": notes.request_id, **notes.lacking}
+    message = {"output": rows.tolist(), **about}
     return WireReply(CONTENT_TYPE, (), b"", json.dumps(message, allow_nan=False).encode())

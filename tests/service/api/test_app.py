@@ -74,6 +74,7 @@ async def test_placement_has_the_documented_shape(client: httpx.AsyncClient) -> 
         "gate": "deepseek_v3",
         "layers": [1, 2, 3],
         "generation": 3,
+        "missing_experts": [],
     }
     held = {str(layer): list(range(8, 16)) for layer in (1, 2, 3)}
     assert ranks[1] == {"rank": 1, "node": "node-a", "device": "cpu:1", "experts": held}

@@ -39,7 +39,7 @@ def test_headers_are_lower_case_and_repeated_ones_joined() -> None:
 
 
 def test_query_keeps_order_blank_values_and_repeats() -> None:
-    assert query_fields(b"layer=1&a=&layer=%32") == [("layer", "1"), ("a", ""), ("layer", "2")]
+    assert query_fields(b"layer=1&a=&layer=%32") == (("layer", "1"), ("a", ""), ("layer", "2"))
 
 
 def test_query_with_too_many_fields_is_refused() -> None:

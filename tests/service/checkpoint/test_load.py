@@ -224,7 +224,7 @@ def test_a_layer_without_experts_is_refused(served: Path) -> None:
         load_shard(served, read_spec(served), [0], range(8))
 
 
-@pytest.mark.parametrize("experts", [range(7, 9), range(-1, 2), range(0, 8, 2)])
+@pytest.mark.parametrize("experts", [range(7, 9), range(-1, 2), range(7, 3, -1)])
 def test_experts_that_do_not_exist_are_refused(served: Path, experts: range) -> None:
     with pytest.raises(CheckpointError, match="are not within the 8 experts"):
         load(served, experts)

@@ -137,8 +137,9 @@ async def test_two_hundred_mixed_requests_at_once_are_all_answered_right_and_lea
     print(f"worst relative error of a request against float64: {worst:.2e}")
     assert worst <= MAX_LAYER_ERROR
 
-    before = memory(service)
-    for _ in range(2):
+    for number in range(2):
+        if number == 1:  # the first repetition fills what is remembered of headers
+            before = memory(service)
         again = await wave(service.url, mixed)
         assert [reply.status_code for reply in again] == [request.status for request in mixed]
         for request, reply, first in zip(mixed, again, replies, strict=True):

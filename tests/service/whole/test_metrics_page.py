@@ -19,8 +19,7 @@ from .running import Service
 
 pytestmark = pytest.mark.service
 
-# The list of the interface. Not here: moe_forward_gpu_memory_bytes (these ranks are on CPU), and what belongs to
-# features that do not exist: moe_forward_rebalances_total, moe_forward_dropped_assignments_total.
+# The list of the interface. Not here: moe_forward_gpu_memory_bytes (these ranks are on CPU).
 DOCUMENTED = """
 moe_forward_requests_total                    counter    model route code
 moe_forward_request_duration_seconds          histogram  model route
@@ -48,6 +47,8 @@ moe_forward_startup_duration_seconds          gauge      rank
 moe_forward_build_info                        gauge      version torch ray backend kernel
 moe_forward_exchange_bytes_total              counter    rank direction
 moe_forward_requantized_tokens_total          counter    model
+moe_forward_rebalances_total                  counter    result
+moe_forward_dropped_assignments_total         counter    model
 """
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def service(folder: Path) -> Iterator[Service]:
         "phase_sample_steps": 2,
         "start_timeout_seconds": START_SECONDS,
         "served_model_name": NAME,
+        "rank_silence_seconds": 5,
     }
     running = Service(MODEL, None, config, START_SECONDS)
     try:
@@ -174,12 +176,19 @@ def test_metrics_tell_of_the_gpus_work(service: Service, oracle: Oracle) -> None
     assert 'kernel="cutlass"' in text
 
 
-def test_a_killed_rank_is_replaced_with_its_group_and_the_bits_stay(service: Service, oracle: Oracle) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_rank_is_replaced_with_its_group_and_the_bits_stay(
+    service: Service, oracle: Oracle, how: signal.Signals
+) -> None:
     forward = forward_of(9, 40, oracle.layer)
     expected = read_output(post(service.url, as_safetensors(forward)))
-    before = service.rank_pids()
-    os.kill(before[-1], signal.SIGKILL)  # the others wait for it in their next collective, and are killed
-    service.wait_for(lambda: service.get("/v1/placement").json()["generation"] == 2)
+    before, generation = service.rank_pids(), service.get("/v1/placement").json()["generation"]
+    os.kill(before[-1], how)  # the others wait for it in their next collective, and are killed
+    lost = time.monotonic()
+    service.wait_for(lambda: service.get("/v2/health/ready").status_code == 503)
+    noticed = time.monotonic()
+    service.wait_for(lambda: service.get("/v1/placement").json()["generation"] == generation + 1)
     service.wait_ready_again()
     assert set(service.rank_pids()).isdisjoint(before)
+    print(f"{how.name}: noticed after {noticed - lost:.2f} s, ready after {time.monotonic() - lost:.1f} s")
     assert torch.equal(read_output(post(service.url, as_safetensors(forward))), expected)

@@ -65,20 +65,22 @@ async def test_sigterm_to_every_process_answers_what_is_in_flight_and_leaves_not
         assert status == 0, service.log
         assert service.pids() == {}
         assert service.runtime_folders == []
+        assert list((service.folder / "ray").glob("session_*")) == []
         assert set(Path("/dev/shm").iterdir()) <= shared_memory
         assert "Traceback" not in service.log, service.log
     assert all(torch.equal(mine, served) for mine, served in zip(local.outputs(forwards), outputs, strict=True))
 
 
-@pytest.mark.parametrize("wait_for", ["serve: model", "Started server process"])
-def test_sigterm_before_it_is_ready_leaves_nothing(tiny: Path, wait_for: str) -> None:
+@pytest.mark.parametrize(("wait_for", "status"), [("serve: model", 0), ("Started server process", 0)])
+def test_sigterm_before_it_is_ready_leaves_nothing(tiny: Path, wait_for: str, status: int) -> None:
     service = Service(tiny)
     try:
         while wait_for not in service.log:
             assert service.process.poll() is None, service.log
-        service.terminate()
+        assert service.terminate() == status, service.log
         assert service.pids() == {}
         assert service.runtime_folders == []
+        assert list((service.folder / "ray").glob("session_*")) == []
         assert service.greeting == ""
     finally:
         service.close()

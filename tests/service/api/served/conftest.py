@@ -6,7 +6,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import uvicorn
@@ -23,6 +23,7 @@ class Served:
         wait: Callable[..., None],
         send_buffer_bytes: int | None = None,
         tls: ssl.SSLContext | None = None,
+        loop: Literal["uvloop", "asyncio"] = "uvloop",
     ) -> None:
         self.front = front
         self._socket = socket.socket()
@@ -33,7 +34,7 @@ class Served:
         self.address = self._socket.getsockname()
         self.url = f"http{'' if tls is None else 's'}://127.0.0.1:{self.address[1]}"
         settings = server_settings(front.app, front.config, tls)
-        settings.loop = "uvloop"
+        settings.loop = loop
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._thread.start()
@@ -58,8 +59,10 @@ class Served:
 def serve(kit: Any) -> Iterator[Callable[..., Served]]:
     running: list[Served] = []
 
-    def start(front: Any, send_buffer_bytes: int | None = None, tls: ssl.SSLContext | None = None) -> Served:
-        running.append(Served(front, kit.wait, send_buffer_bytes, tls))
+    def start(
+        front: Any, send_buffer_bytes: int | None = None, tls: ssl.SSLContext | None = None, **how: Any
+    ) -> Served:
+        running.append(Served(front, kit.wait, send_buffer_bytes, tls, **how))
         return running[-1]
 
     yield start

@@ -122,6 +122,7 @@ def test_headers_that_just_fit_and_follow_large_bodies_are_taken(
             assert wire.reply(connection)[0] == 200
             connection.sendall(long[cut:])
             assert wire.reply(connection)[0] == 200
+    kit.wait(lambda: front.requests(200) == 3)
     front.check_idle()
 
 
@@ -223,6 +224,7 @@ def test_a_thousand_idle_connections_take_no_time_from_others(front: Any, kit: A
                 body = kit.body(hidden_states=kit.states(4))
                 reply = client.post("/v1/moe/forward", params={"layer": 1}, content=body, headers=kit.headers)
                 assert reply.status_code == 200
+    kit.wait(lambda: front.requests(200) == 5)
     front.check_idle()
 
 

@@ -87,6 +87,7 @@ def test_chunked_transfer_is_411(front: Any, kit: Any, serve: Any, wire: Any) ->
         states = kit.states(1)  # and the connection is still good
         body = kit.body(hidden_states=states)
         assert client.post(FORWARD, params={"layer": 1}, content=body, headers=kit.headers).status_code == 200
+    kit.wait(lambda: front.requests(200) == 1)
     front.check_idle()
 
 
@@ -97,6 +98,7 @@ def test_413_comes_before_the_body_is_sent(make_front: Any, kit: Any, serve: Any
         status, _, body = wire.reply(connection)
         assert status == 413
         assert b"at most 1024 bytes" in body
+    kit.wait(lambda: front.requests(413) == 1)
     front.check_idle()
 
 

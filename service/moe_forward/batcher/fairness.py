@@ -1,0 +1,193 @@
+"""Fair between clients: who has been given least goes first, and nobody's queue shuts out the others.
+
+Every client has a figure of the service it was given, in shares of a step. A client that comes from a rest begins at
+the clock, which is what a client would have been given in fair parts; so rest is not saved up, and what was had beyond
+the fair part is not forgotten until the others have caught up. (Weighted fair queueing, as in Demers, Keshav and
+Shenker, "Analysis and Simulation of a Fair Queueing Algorithm", SIGCOMM 1989, with all weights equal.)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from moe_forward.batcher.limits import BatchLimits, Key, Queued
+
+RESERVE_PART = 4
+"""A queue that is full keeps this part of its size for clients that have less than their share of it."""
+
+OTHERS = 2
+"""While a request waits, another client sends about as much as it has waiting now, and it goes before."""
+
+
+@dataclass(slots=True)
+class _Account:
+    given: float
+    requests: int = 0
+    tokens: int = 0
+    small_room: int = 0
+    large_room: int = 0
+
+
+class Clients:
+    """What each client has waiting, and what it was given. limits: of the queue that they share."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self._limits = limits
+        self._clock = 0.0
+        self._waiting: dict[int, _Account] = {}
+        self._ahead: dict[int, float] = {}  # clients at rest that were given more than the clock says
+        self.tokens = 0
+        self.small_room = 0
+        self.large_room = 0
+
+    def given(self, client: int) -> float:
+        """Return what a waiting client was given."""
+        return self._waiting[client].given
+
+    def may_queue(self, client: int, tokens: int, queue_requests: int, queue_tokens: int) -> bool:
+        """Tell whether a request may join a queue of so many requests and tokens.
+
+        Anybody's may until the queue is full. Then only that of a client which has nothing there, or stays below the
+        queue divided by the clients that wait, into a reserve of a quarter. So what was accepted is never dropped for
+        another, and a client alone may use the whole queue.
+        """
+        limits, mine = self._limits, self._waiting.get(client)
+        if queue_requests + 1 <= limits.max_queue_requests and queue_tokens + tokens <= limits.max_queue_tokens:
+            return True
+        if queue_requests + 1 > _with_reserve(limits.max_queue_requests):
+            return False
+        if queue_tokens + tokens > _with_reserve(limits.max_queue_tokens):
+            return False
+        return mine is None or (
+            (mine.requests + 1) * len(self._waiting) <= limits.max_queue_requests
+            and (mine.tokens + tokens) * len(self._waiting) <= limits.max_queue_tokens
+        )
+
+    def drain_tokens(self, client: int) -> int:
+        """Return how many tokens leave the queue, in fair parts, until all of a client's have left."""
+        mine = self._waiting.get(client)
+        return sum(min(other.tokens, mine.tokens) for other in self._waiting.values()) if mine is not None else 0
+
+    def room_before(self, client: int, tokens: int) -> int:
+        """Return how much room is given, in fair parts, until a request that comes now is served, its own included.
+
+        Before a small one go the small ones of its client, and as many of each other client; before a large one all
+        small ones, and large ones in the same way. O(clients).
+        """
+        mine, room = self._waiting.get(client), self._limits.room(tokens)
+        if self._limits.is_large(tokens):
+            room += mine.large_room if mine is not None else 0
+            others = sum(
+                min(OTHERS * other.large_room, room) for number, other in self._waiting.items() if number != client
+            )
+            return self.small_room + room + others
+        room += mine.small_room if mine is not None else 0
+        return room + sum(
+            min(OTHERS * other.small_room, room) for number, other in self._waiting.items() if number != client
+        )
+
+    def joined(self, item: Queued) -> None:
+        """Note a request that waits from now on."""
+        client = item.request.client
+        account = self._waiting.get(client)
+        if account is None:
+            account = self._waiting[client] = _Account(max(self._clock, self._ahead.pop(client, self._clock)))
+        account.requests += 1
+        account.tokens += item.request.tokens
+        self._count(account, item.request.tokens, 1)
+
+    def left(self, item: Queued) -> None:
+        """Note a request that waits no more, served or not."""
+        client = item.request.client
+        account = self._waiting[client]
+        account.requests -= 1
+        account.tokens -= item.request.tokens
+        self._count(account, item.request.tokens, -1)
+        if not account.requests:
+            del self._waiting[client]
+            if account.given > self._clock:
+                self._ahead[client] = account.given
+
+    def charge(self, item: Queued) -> None:
+        """Note that a request is served; before it has `left`."""
+        share = self._limits.share(item.request.tokens)
+        self._waiting[item.request.client].given += share
+        self._clock += share / len(self._waiting)
+        if len(self._ahead) > 2 * len(self._waiting) + 64:
+            self._ahead = {client: given for client, given in self._ahead.items() if given > self._clock}
+
+    def _count(self, account: _Account, tokens: int, sign: int) -> None:
+        room = sign * self._limits.room(tokens)
+        self.tokens += sign * tokens
+        if self._limits.is_large(tokens):
+            account.large_room += room
+            self.large_room += room
+        else:
+            account.small_room += room
+            self.small_room += room
+
+
+def _with_reserve(limit: int) -> int:
+    return limit + max(1, limit // RESERVE_PART)
+
+
+class FairQueue:
+    """Requests of one layer and kind, next first: of the client that was given least, in its own order of arrival."""
+
+    def __init__(self, clients: Clients, limits: BatchLimits) -> None:
+        self._clients = clients
+        self._limits = limits
+        self._waiting: dict[int, OrderedDict[Key, Queued]] = {}
+        # A client's place may say less than it was given meanwhile, and is put right when it comes to the front.
+        self._places: list[tuple[float, float, int]] = []  # given, arrival of its first, client
+        self._placed: set[int] = set()
+        self.requests = 0
+        self.tokens = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a step could not hold more."""
+        return self.tokens >= self._limits.max_step_tokens or self.requests >= self._limits.max_step_requests
+
+    def add(self, item: Queued) -> None:
+        """Queue a request that its client's account knows."""
+        client = item.request.client
+        self._waiting.setdefault(client, OrderedDict())[item.key] = item
+        if client not in self._placed:
+            self._placed.add(client)
+            heapq.heappush(self._places, (self._clients.given(client), item.arrived_seconds, client))
+        self.requests += 1
+        self.tokens += item.request.tokens
+
+    def remove(self, item: Queued) -> None:
+        """Take a request out, wherever it stands."""
+        mine = self._waiting[item.request.client]
+        del mine[item.key]
+        if not mine:
+            del self._waiting[item.request.client]
+        self.requests -= 1
+        self.tokens -= item.request.tokens
+
+    def place(self) -> tuple[float, float]:
+        """Return how far in front the queue's first is, smallest first; there must be one."""
+        given, arrived, _ = self._settled()
+        return given, arrived
+
+    def first(self) -> Queued:
+        """Return whose turn it is; there must be one."""
+        return next(iter(self._waiting[self._settled()[2]].values()))
+
+    def _settled(self) -> tuple[float, float, int]:
+        while True:
+            place = self._places[0]
+            mine = self._waiting.get(place[2])
+            if mine is None:
+                heapq.heappop(self._places)
+                self._placed.discard(place[2])
+                continue
+            now = (self._clients.given(place[2]), next(iter(mine.values())).arrived_seconds, place[2])
+            if now == place:
+                return place
+            heapq.heapreplace(self._places, now)

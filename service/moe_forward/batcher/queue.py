@@ -1,0 +1,266 @@
+"""Many requests become one step: same layer, small ones first, in fair order, bounded in rows, requests and time."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moe_forward.batcher.admission import LARGE_TURN_STEPS, Outlook
+from moe_forward.batcher.fairness import Clients, FairQueue
+from moe_forward.batcher.forming import Forming
+from moe_forward.batcher.limits import BatchLimits, Key, Queued
+from moe_forward.batcher.line import Line
+from moe_forward.batcher.pace import Pace
+from moe_forward.types import ForwardRequest
+
+LEAD_SECONDS = 100e-6
+"""How long before the ranks are free a step that could still grow leaves: not longer than the way to them and back."""
+COPY_LEAD_SECONDS = 1e-3
+"""The same for a full step of large requests, whose rows take that long to a device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What is at the ranks already. end_seconds: when it is expected to be done; infinite where that is not known.
+
+    last_seconds: how long the last step of it takes. large: there are large requests in it.
+    """
+
+    end_seconds: float
+    last_seconds: float
+    large: bool
+
+    def leave_seconds(self, lead_seconds: float) -> float:
+        """Return when to send the next step: so long before the end, but not before half of the last step is over,
+        since short steps, too, shall gather who comes while they run."""
+        if self.end_seconds == math.inf:
+            return math.inf
+        return self.end_seconds - min(lead_seconds, self.last_seconds / 2)
+
+
+class Batcher:
+    """The queue of one engine, a line for each layer. pace: learns from finished steps. requests, tokens: that wait."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self._limits = limits
+        self._clients = Clients(limits)
+        self._lines: dict[int, Line] = {}
+        self._busy: dict[int, Line] = {}  # those where something waits
+        self._full: set[int] = set()  # layers that fill a step
+        self._items: dict[Key, Queued] = {}
+        self._deadlines: list[tuple[float, Key]] = []
+        self._large_since = math.inf
+        self._large_went_last = False
+        self._small_requests = 0
+        self.pace = Pace()
+        self._outlook = Outlook(limits, self.pace, self._clients)
+        self.requests = 0
+        self.tokens = 0
+
+    def add(self, request: ForwardRequest, now: float) -> bool:
+        """Queue a request; False when the queue has no room for it."""
+        if not self._clients.may_queue(request.client, request.tokens, self.requests, self.tokens):
+            return False
+        item = Queued(request, now)
+        if self._limits.is_large(request.tokens):
+            self._large_since = min(self._large_since, now)
+        else:
+            self._small_requests += 1
+        self._items[item.key] = item
+        self._clients.joined(item)
+        line = self._busy[request.layer] = self._line(request.layer)
+        line.add(item)
+        if line.is_full:
+            self._full.add(request.layer)
+        self.requests += 1
+        self.tokens += request.tokens
+        if request.deadline_seconds < math.inf:
+            self._remember_deadline(request.deadline_seconds, item.key)
+        return True
+
+    def late_seconds(self, request: ForwardRequest, now: float, ahead: Ahead | None = None) -> float | None:
+        """Return in how many seconds a request would be answered if that is after its deadline; None: it may come.
+
+        ahead: as for `next_step`. See `admission`.
+        """
+        if not self.requests or request.deadline_seconds == math.inf:
+            return None
+        lines = len(self._busy) + (request.layer not in self._busy)
+        return self._outlook.late_seconds(request, now, ahead.end_seconds if ahead is not None else -math.inf, lines)
+
+    def drain_seconds(self, client: int) -> float | None:
+        """Return how long a client's waiting requests need to leave the queue; None before any step has finished."""
+        rate = self.pace.tokens_per_second
+        return (self._clients.drain_tokens(client) or self.tokens) / rate if rate else None
+
+    def cancel(self, front: int, request: int) -> Queued | None:
+        """Take one request out of the queue; None when it is not (or no longer) there."""
+        item = self._items.get((front, request))
+        if item is not None:
+            self._remove(item)
+        return item
+
+    def drop_front(self, front: int) -> list[Queued]:
+        """Take out everything of a front end that is gone."""
+        return self._take(lambda item: item.request.front == front)
+
+    def drop_all(self) -> list[Queued]:
+        """Take out everything."""
+        return self._take(lambda item: True)
+
+    def expire(self, now: float) -> list[Queued]:
+        """Take out every request whose deadline has passed."""
+        expired = []
+        while self._soonest_deadline() <= now:
+            expired.append(self._items[heapq.heappop(self._deadlines)[1]])
+            self._remove(expired[-1])
+        return expired
+
+    def next_step(self, now: float, ahead: Ahead | None = None) -> list[Queued]:
+        """Take the requests of the next step. ahead: what is at the ranks, None while they are free.
+
+        While ranks are free, a line goes when it is full or has waited enough (`patience`). While they are not, a step
+        that could still grow leaves as late as it can without having the ranks wait: sent earlier it would not begin
+        earlier, and who came meanwhile would need a step of its own. One that is full goes at once. One of large
+        requests, however, goes late behind another such step or before small requests that wait: what is sent cannot be
+        overtaken, and small ones shall not be delayed by more than one large step.
+
+        Small requests go before large ones, and into a step without them. But when large ones have waited for the time
+        of four full steps since one of them went, or the first of them for half its time to the deadline, one of their
+        steps goes first, which small ones of its layer may join. Among small ones, and among large ones, it is the turn
+        of the client that was given least; the step is filled from its line, as far as it ends before the deadlines of
+        those in it (`forming`).
+
+        Returns: requests of one layer, empty when nothing is due.
+        """
+        hurry = _hurry_seconds(ahead)
+        if now < hurry and not self._full:
+            return []
+        small = [line for line in self._busy.values() if _small_ready(line, hurry) <= now]
+        large = [line for line in self._busy.values() if self._large_ready(line, ahead) <= now]
+        if large and not small and self._small_requests and now >= hurry:
+            small = [line for line in self._busy.values() if line.small.requests]  # rather than wait behind a large one
+        if small and self.requests > self._small_requests:  # a large step in place of this one may be early
+            large = [line for line in self._busy.values() if line.large_due_seconds() <= now]
+        if large:
+            line = min(large, key=lambda line: line.large.place())
+            if not small or self._is_turn_of_large(line.large.first(), now):
+                return self._take_large(line, now, _begin_seconds(now, ahead))
+        if small:
+            self._large_went_last = False
+            step = Forming(self._limits, self.pace, _begin_seconds(now, ahead))
+            self._fill(step, min(small, key=lambda line: line.small.place()).small)
+            return step.items
+        return []
+
+    def wake_seconds(self, now: float, ahead: Ahead | None = None, room: bool = True) -> float:
+        """Return when to look again without arrivals: a step falls due or a deadline passes.
+
+        ahead: as for `next_step`. room: whether a step could go at all.
+        """
+        wake = self._soonest_deadline()
+        if not room or not self._busy:
+            return wake
+        hurry = _hurry_seconds(ahead)
+        if now < hurry and not self._full:
+            return min(wake, hurry)  # nothing can go before; which line will be due is a question for then
+        for line in self._busy.values():
+            wake = min(wake, _small_ready(line, hurry), self._large_ready(line, ahead))
+        return wake
+
+    def finished(self, layer: int, tokens: int, sent_seconds: float, step_seconds: float, now: float) -> None:
+        """Learn from a finished step. sent_seconds: when it left. step_seconds: since it could begin."""
+        self.pace.finished(tokens, step_seconds, now)
+        self._line(layer).company.answered(sent_seconds, now)
+
+    def _line(self, layer: int) -> Line:
+        line = self._lines.get(layer)
+        if line is None:
+            line = self._lines[layer] = Line(self._clients, self._limits, self.pace)
+        return line
+
+    def _large_ready(self, line: Line, ahead: Ahead | None) -> float:
+        due = line.large_due_seconds()
+        full = due == -math.inf
+        if ahead is None or (full and not ahead.large and not self._small_requests):
+            return due
+        lead_seconds = COPY_LEAD_SECONDS if full and not self._small_requests else LEAD_SECONDS
+        return max(due, ahead.leave_seconds(lead_seconds))
+
+    def _is_turn_of_large(self, first: Queued, now: float) -> bool:
+        if self._large_went_last:
+            return False
+        halfway = (first.arrived_seconds + first.request.deadline_seconds) / 2
+        full_step_seconds = self.pace.step_seconds(self._limits.max_step_tokens) or math.inf
+        return now >= min(halfway, self._large_since + LARGE_TURN_STEPS * full_step_seconds)
+
+    def _take_large(self, line: Line, now: float, begin_seconds: float) -> list[Queued]:
+        step = Forming(self._limits, self.pace, begin_seconds)
+        first = line.large.first()
+        step.take(first)
+        self._serve(first)
+        self._fill(step, line.small)
+        self._fill(step, line.large)
+        self._large_went_last = True
+        self._large_since = now if self.requests > self._small_requests else math.inf
+        return step.items
+
+    def _fill(self, step: Forming, queue: FairQueue) -> None:
+        """Serve from `queue` while it fits; who does not fit is not overtaken."""
+        while queue.requests:
+            item = queue.first()
+            if not step.take(item):
+                break
+            self._serve(item)
+
+    def _serve(self, item: Queued) -> None:
+        self._clients.charge(item)
+        self._remove(item)
+
+    def _take(self, unwanted: Callable[[Queued], bool]) -> list[Queued]:
+        taken = [item for item in self._items.values() if unwanted(item)]
+        for item in taken:
+            self._remove(item)
+        return taken
+
+    def _remove(self, item: Queued) -> None:
+        del self._items[item.key]
+        line = self._busy[item.request.layer]
+        line.remove(item)
+        if not line.is_full:
+            self._full.discard(item.request.layer)
+        if not line:
+            del self._busy[item.request.layer]
+        self._clients.left(item)
+        self.requests -= 1
+        self.tokens -= item.request.tokens
+        if not self._limits.is_large(item.request.tokens):
+            self._small_requests -= 1
+        elif self.requests == self._small_requests:
+            self._large_since = math.inf
+
+    def _remember_deadline(self, deadline_seconds: float, key: Key) -> None:
+        heapq.heappush(self._deadlines, (deadline_seconds, key))
+        if len(self._deadlines) > 2 * self.requests + 64:  # those of requests that left long before
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._items]
+            heapq.heapify(self._deadlines)
+
+    def _soonest_deadline(self) -> float:
+        while self._deadlines and self._deadlines[0][1] not in self._items:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+
+def _begin_seconds(now: float, ahead: Ahead | None) -> float:
+    return now if ahead is None or ahead.end_seconds == math.inf else max(now, ahead.end_seconds)
+
+
+def _hurry_seconds(ahead: Ahead | None) -> float:
+    return -math.inf if ahead is None else ahead.leave_seconds(LEAD_SECONDS)
+
+
+def _small_ready(line: Line, hurry: float) -> float:
+    due = line.small_due_seconds()
+    return due if due == -math.inf else max(due, hurry)

@@ -1,0 +1,111 @@
+"""Copies between slabs and a device: at once on a CPU; on a GPU beside the computing, on streams of their own.
+
+So the next step's rows come while this one computes, and this one's outputs leave while the next one does. Computing
+stays on one stream, and every step waits there for its own rows alone. Memory that is used on a stream it was not
+allocated on must outlive that use: who launched the step holds it until `Pending.result` has returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Pending(Protocol[T_co]):
+    """What copies bring once they have ended."""
+
+    def done(self) -> bool:
+        """Whether `result` returns at once."""
+        ...
+
+    def result(self) -> T_co:
+        """Wait until the copies have ended, and return what they brought."""
+        ...
+
+
+class Copies(Protocol):
+    """How a rank copies; work is called at once and starts copies on the current stream."""
+
+    def read(self, work: Callable[[], T]) -> T:
+        """Bring rows to the device; what is computed from now on waits for them."""
+        ...
+
+    def write(self, work: Callable[[], T]) -> Pending[T]:
+        """Take away what was computed by now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[T_co]):
+    """What is there already."""
+
+    value: T_co
+
+    def done(self) -> bool:
+        """It is."""
+        return True
+
+    def result(self) -> T_co:
+        """Return it."""
+        return self.value
+
+
+class AtOnce:
+    """Copies of a CPU, which have ended when they return."""
+
+    def read(self, work: Callable[[], T]) -> T:
+        """See `Copies.read`."""
+        return work()
+
+    def write(self, work: Callable[[], T]) -> Pending[T]:
+        """See `Copies.write`."""
+        return Done(work())
+
+
+class CopyStreams:
+    """A stream into a GPU and one out of it. device: with its index."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._into = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def read(self, work: Callable[[], T]) -> T:
+        """See `Copies.read`."""
+        with torch.cuda.stream(self._into):
+            brought = work()
+        torch.cuda.current_stream(self._device).wait_stream(self._into)
+        return brought
+
+    def write(self, work: Callable[[], T]) -> Pending[T]:
+        """See `Copies.write`."""
+        self._out.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._out):
+            value = work()
+        return _Recorded(value, self._out.record_event())
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded(Generic[T_co]):
+    """What is there when the stream has passed an event."""
+
+    value: T_co
+    event: torch.cuda.Event
+
+    def done(self) -> bool:
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def result(self) -> T_co:
+        self.event.synchronize()
+        return self.value
+
+
+def copies_of(device: torch.device) -> Copies:
+    """Return how a device copies."""
+    return CopyStreams(device) if device.type == "cuda" else AtOnce()
