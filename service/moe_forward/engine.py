@@ -176,8 +176,8 @@ class Engine:
             self._refuse(request, code, self._status.reason, LOST_RETRY_AFTER_SECONDS)
         elif (seconds := self._batcher.late_seconds(request, now, self._steps.ahead())) is not None:
             left_seconds = request.deadline_seconds - now
-            reason = f"it would take about {seconds:.3g} s, and its deadline is in {left_seconds:.3g} s"
-            self._refuse_full(request, f"the queue is too long for this request: {reason}", seconds)
+            reason = f"the answer would take about {seconds:.3g} s, and the deadline is in {left_seconds:.3g} s"
+            self._refuse_full(request, f"the queue is too long to answer before the deadline: {reason}", seconds)
         elif not self._batcher.add(request, now):
             self._refuse_full(request, "the queue is full", self._batcher.drain_seconds(request.client))
 
@@ -221,6 +221,10 @@ class Engine:
             if not queued_requests:
                 break
             self._send(queued_requests, now)
+        for queued in self._batcher.take_late():
+            waited, left = now - queued.arrived_seconds, queued.request.deadline_seconds - now
+            message = f"the deadline is {left:.3f} s away after {waited:.3f} s in the queue: too near to be answered"
+            self._refuse(queued.request, ErrorCode.DEADLINE_EXCEEDED, message)
         self._set_timer(now)
         self._queue_watch.changed()
 

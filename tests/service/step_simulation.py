@@ -144,6 +144,7 @@ class Simulation:
             begin = max(self.now + self.cost.way_seconds, self._ranks_free)
             self._ranks_free = begin + self.cost.step_seconds(step.tokens)
             self.at(self._ranks_free + self.cost.way_seconds, partial(self._answered, step))
+        self.expired += self.batcher.take_late()
         wake = self.batcher.wake_seconds(self.now, self.sent.ahead(), self.sent.have_room)
         if wake < math.inf and not (self.now < self._wake <= wake):
             self._wake = max(wake, self.now)

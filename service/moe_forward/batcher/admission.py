@@ -12,6 +12,7 @@ average rate: ranks that did one token at a time until now do a full step much f
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from moe_forward.batcher.fairness import Clients
 from moe_forward.batcher.forming import GIVEN_PART
@@ -25,6 +26,15 @@ MARGIN = 1.25
 """Who would be answered in more than 1 / MARGIN of its time is refused: an estimate is no promise either."""
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What stands in the queue; lines: layers, that of the request included."""
+
+    requests: int
+    tokens: int
+    lines: int
+
+
 class Outlook:
     """When a request would be answered. limits, pace, clients: of the queue."""
 
@@ -33,32 +43,32 @@ class Outlook:
         self._pace = pace
         self._clients = clients
 
-    def late_seconds(self, request: ForwardRequest, now: float, end_seconds: float, lines: int) -> float | None:
+    def late_seconds(self, request: ForwardRequest, waiting: Waiting, now: float, end_seconds: float) -> float | None:
         """Return in how many seconds a request would be answered if that is too late; None: in time, or not known.
 
         end_seconds: when ranks are done with what they have, minus infinity where they are free.
-        lines: layers that wait, the request's included.
         """
         left_seconds = request.deadline_seconds - now
         if left_seconds <= 0 or end_seconds == math.inf or not self._pace.is_known(now, end_seconds):
             return None
         running_seconds = max(0.0, end_seconds - now)
         enough_seconds = left_seconds / MARGIN - running_seconds
-        room = self._clients.small_room + self._clients.large_room + self._limits.room(request.tokens)
-        steps, step_seconds = self._drain(room, self._clients.tokens + request.tokens, left_seconds, lines)
+        tokens = waiting.tokens + request.tokens
+        room = self._limits.room(tokens, waiting.requests + 1)
+        steps, step_seconds = self._drain(room, tokens, waiting.lines, left_seconds)
         if steps * step_seconds <= enough_seconds:
             return None  # whatever the order
         part = self._clients.room_before(request.client, request.tokens) / room
-        if self._clients.large_room and not self._limits.is_large(request.tokens):
-            part = min(1.0, part * (1 + 1 / LARGE_TURN_STEPS))
-        seconds = (steps * part + 0.5) * step_seconds
+        if self._clients.large_tokens and not self._limits.is_large(request.tokens):
+            part *= 1 + 1 / LARGE_TURN_STEPS
+        seconds = (steps * min(1.0, part) + 0.5) * step_seconds  # on average half of its own step is for others
         return running_seconds + seconds if seconds > enough_seconds else None
 
-    def _drain(self, room: int, rows: int, left_seconds: float, lines: int) -> tuple[float, float]:
+    def _drain(self, room: int, tokens: int, lines: int, left_seconds: float) -> tuple[float, float]:
         """Return in how many steps all that waits would leave, and how long each takes.
 
-        They are as small as deadlines make them at the least (`forming`), each line's last one is half full.
+        They are as small as deadlines make them at the least (`forming`), and the last one of each line is half full.
         """
         most = min(self._limits.max_step_tokens, max(1.0, self._pace.rows_within(GIVEN_PART * left_seconds)))
-        steps = max(lines, max(room / self._limits.max_step_tokens, rows / most) + lines / 2)
-        return steps, self._pace.expected_seconds(rows / steps)
+        steps = max(lines, max(room / self._limits.max_step_tokens, tokens / most) + lines / 2)
+        return steps, self._pace.expected_seconds(tokens / steps)

@@ -17,17 +17,13 @@ from moe_forward.batcher.limits import BatchLimits, Key, Queued
 RESERVE_PART = 4
 """A queue that is full keeps this part of its size for clients that have less than their share of it."""
 
-OTHERS = 2
-"""While a request waits, another client sends about as much as it has waiting now, and it goes before."""
-
 
 @dataclass(slots=True)
 class _Account:
     given: float
     requests: int = 0
     tokens: int = 0
-    small_room: int = 0
-    large_room: int = 0
+    large_tokens: int = 0
 
 
 class Clients:
@@ -38,9 +34,7 @@ class Clients:
         self._clock = 0.0
         self._waiting: dict[int, _Account] = {}
         self._ahead: dict[int, float] = {}  # clients at rest that were given more than the clock says
-        self.tokens = 0
-        self.small_room = 0
-        self.large_room = 0
+        self.large_tokens = 0
 
     def given(self, client: int) -> float:
         """Return what a waiting client was given."""
@@ -71,40 +65,45 @@ class Clients:
         return sum(min(other.tokens, mine.tokens) for other in self._waiting.values()) if mine is not None else 0
 
     def room_before(self, client: int, tokens: int) -> int:
-        """Return how much room is given, in fair parts, until a request that comes now is served, its own included.
+        """Return how many rows of steps are given in fair parts until a request that comes now is served, its own too.
 
         Before a small one go the small ones of its client, and as many of each other client; before a large one all
         small ones, and large ones in the same way. O(clients).
         """
-        mine, room = self._waiting.get(client), self._limits.room(tokens)
-        if self._limits.is_large(tokens):
-            room += mine.large_room if mine is not None else 0
-            others = sum(
-                min(OTHERS * other.large_room, room) for number, other in self._waiting.items() if number != client
-            )
-            return self.small_room + room + others
-        room += mine.small_room if mine is not None else 0
-        return room + sum(
-            min(OTHERS * other.small_room, room) for number, other in self._waiting.items() if number != client
-        )
+        limits, room = self._limits, self._limits.room(tokens, 1)
+        if limits.is_large(tokens):
+            first = sum(account.tokens - account.large_tokens for account in self._waiting.values())
+            waiting = {number: account.large_tokens for number, account in self._waiting.items()}
+        else:
+            first = 0
+            waiting = {
+                number: limits.room(account.tokens - account.large_tokens, account.requests)
+                for number, account in self._waiting.items()
+            }
+        room += waiting.pop(client, 0)
+        return first + room + sum(min(other, room) for other in waiting.values())
 
-    def joined(self, item: Queued) -> None:
-        """Note a request that waits from now on."""
+    def joined(self, item: Queued, large: bool) -> None:
+        """Note a request that waits from now on. large: small ones go before it."""
         client = item.request.client
         account = self._waiting.get(client)
         if account is None:
             account = self._waiting[client] = _Account(max(self._clock, self._ahead.pop(client, self._clock)))
         account.requests += 1
         account.tokens += item.request.tokens
-        self._count(account, item.request.tokens, 1)
+        if large:
+            account.large_tokens += item.request.tokens
+            self.large_tokens += item.request.tokens
 
-    def left(self, item: Queued) -> None:
+    def left(self, item: Queued, large: bool) -> None:
         """Note a request that waits no more, served or not."""
         client = item.request.client
         account = self._waiting[client]
         account.requests -= 1
         account.tokens -= item.request.tokens
-        self._count(account, item.request.tokens, -1)
+        if large:
+            account.large_tokens -= item.request.tokens
+            self.large_tokens -= item.request.tokens
         if not account.requests:
             del self._waiting[client]
             if account.given > self._clock:
@@ -117,16 +116,6 @@ class Clients:
         self._clock += share / len(self._waiting)
         if len(self._ahead) > 2 * len(self._waiting) + 64:
             self._ahead = {client: given for client, given in self._ahead.items() if given > self._clock}
-
-    def _count(self, account: _Account, tokens: int, sign: int) -> None:
-        room = sign * self._limits.room(tokens)
-        self.tokens += sign * tokens
-        if self._limits.is_large(tokens):
-            account.large_room += room
-            self.large_room += room
-        else:
-            account.small_room += room
-            self.small_room += room
 
 
 def _with_reserve(limit: int) -> int:

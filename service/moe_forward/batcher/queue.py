@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moe_forward.batcher.admission import LARGE_TURN_STEPS, Outlook
+from moe_forward.batcher.admission import LARGE_TURN_STEPS, Outlook, Waiting
 from moe_forward.batcher.fairness import Clients, FairQueue
-from moe_forward.batcher.forming import Forming
+from moe_forward.batcher.forming import Fit, Forming
 from moe_forward.batcher.limits import BatchLimits, Key, Queued
 from moe_forward.batcher.line import Line
 from moe_forward.batcher.pace import Pace
@@ -51,6 +51,7 @@ class Batcher:
         self._full: set[int] = set()  # layers that fill a step
         self._items: dict[Key, Queued] = {}
         self._deadlines: list[tuple[float, Key]] = []
+        self._late: list[Queued] = []
         self._large_since = math.inf
         self._large_went_last = False
         self._small_requests = 0
@@ -64,12 +65,13 @@ class Batcher:
         if not self._clients.may_queue(request.client, request.tokens, self.requests, self.tokens):
             return False
         item = Queued(request, now)
-        if self._limits.is_large(request.tokens):
+        large = self._limits.is_large(request.tokens)
+        if large:
             self._large_since = min(self._large_since, now)
         else:
             self._small_requests += 1
         self._items[item.key] = item
-        self._clients.joined(item)
+        self._clients.joined(item, large)
         line = self._busy[request.layer] = self._line(request.layer)
         line.add(item)
         if line.is_full:
@@ -88,7 +90,8 @@ class Batcher:
         if not self.requests or request.deadline_seconds == math.inf:
             return None
         lines = len(self._busy) + (request.layer not in self._busy)
-        return self._outlook.late_seconds(request, now, ahead.end_seconds if ahead is not None else -math.inf, lines)
+        waiting = Waiting(self.requests, self.tokens, lines)
+        return self._outlook.late_seconds(request, waiting, now, ahead.end_seconds if ahead is not None else -math.inf)
 
     def drain_seconds(self, client: int) -> float | None:
         """Return how long a client's waiting requests need to leave the queue; None before any step has finished."""
@@ -117,6 +120,11 @@ class Batcher:
             expired.append(self._items[heapq.heappop(self._deadlines)[1]])
             self._remove(expired[-1])
         return expired
+
+    def take_late(self) -> list[Queued]:
+        """Take out those that `next_step` passed over, since others wait and they would be answered too late."""
+        late, self._late = self._late, []
+        return late
 
     def next_step(self, now: float, ahead: Ahead | None = None) -> list[Queued]:
         """Take the requests of the next step. ahead: what is at the ranks, None while they are free.
@@ -198,9 +206,8 @@ class Batcher:
 
     def _take_large(self, line: Line, now: float, begin_seconds: float) -> list[Queued]:
         step = Forming(self._limits, self.pace, begin_seconds)
-        first = line.large.first()
-        step.take(first)
-        self._serve(first)
+        while not step.items:
+            self._serve_first(step, line.large)
         self._fill(step, line.small)
         self._fill(step, line.large)
         self._large_went_last = True
@@ -209,15 +216,21 @@ class Batcher:
 
     def _fill(self, step: Forming, queue: FairQueue) -> None:
         """Serve from `queue` while it fits; who does not fit is not overtaken."""
-        while queue.requests:
-            item = queue.first()
-            if not step.take(item):
-                break
-            self._serve(item)
+        while queue.requests and self._serve_first(step, queue):
+            pass
 
-    def _serve(self, item: Queued) -> None:
-        self._clients.charge(item)
+    def _serve_first(self, step: Forming, queue: FairQueue) -> bool:
+        """Take out whose turn it is, into the step or as one that is late; False: there is no room in the step."""
+        item = queue.first()
+        fit = step.take(item, queue.tokens if queue.requests > 1 else 0)
+        if fit is Fit.NO_ROOM:
+            return False
+        if fit is Fit.TAKEN:
+            self._clients.charge(item)
+        else:
+            self._late.append(item)
         self._remove(item)
+        return True
 
     def _take(self, unwanted: Callable[[Queued], bool]) -> list[Queued]:
         taken = [item for item in self._items.values() if unwanted(item)]
@@ -233,10 +246,11 @@ class Batcher:
             self._full.discard(item.request.layer)
         if not line:
             del self._busy[item.request.layer]
-        self._clients.left(item)
+        large = self._limits.is_large(item.request.tokens)
+        self._clients.left(item, large)
         self.requests -= 1
         self.tokens -= item.request.tokens
-        if not self._limits.is_large(item.request.tokens):
+        if not large:
             self._small_requests -= 1
         elif self.requests == self._small_requests:
             self._large_since = math.inf
