@@ -174,12 +174,10 @@ class Engine:
         if not self._status.ready:
             code = ErrorCode.RANK_LOST if self._status.lost else ErrorCode.NOT_READY
             self._refuse(request, code, self._status.reason, LOST_RETRY_AFTER_SECONDS)
-        elif (seconds := self._batcher.late_seconds(request, now, self._steps.ahead())) is not None:
-            left_seconds = request.deadline_seconds - now
-            reason = f"the answer would take about {seconds:.3g} s, and the deadline is in {left_seconds:.3g} s"
-            self._refuse_full(request, f"the queue is too long to answer before the deadline: {reason}", seconds)
         elif not self._batcher.add(request, now):
-            self._refuse_full(request, "the queue is full", self._batcher.drain_seconds(request.client))
+            waiting = f"{self._batcher.requests} requests with {self._batcher.tokens} tokens are waiting"
+            retry_after_seconds = self._drain_seconds(request.client)
+            self._refuse(request, ErrorCode.QUEUE_FULL, f"the queue is full: {waiting}", retry_after_seconds)
 
     def _cancel(self, front: int, request: int) -> None:
         queued = self._batcher.cancel(front, request)
@@ -197,12 +195,11 @@ class Engine:
         result = ForwardResult(request.front, request.request, code, message, retry_after_seconds, held=held)
         self._fronts.answer(result)
 
-    def _refuse_full(self, request: ForwardRequest, reason: str, seconds: float | None) -> None:
-        waiting = f"{self._batcher.requests} requests with {self._batcher.tokens} tokens are waiting"
-        retry_after_seconds = LOST_RETRY_AFTER_SECONDS
-        if seconds is not None:
-            retry_after_seconds = min(MAX_RETRY_AFTER_SECONDS, max(1.0, seconds))
-        self._refuse(request, ErrorCode.QUEUE_FULL, f"{reason}: {waiting}", retry_after_seconds)
+    def _drain_seconds(self, client: int) -> float:
+        seconds = self._batcher.drain_seconds(client)
+        if seconds is None:
+            return LOST_RETRY_AFTER_SECONDS
+        return min(MAX_RETRY_AFTER_SECONDS, max(1.0, seconds))
 
     # Steps
 
@@ -221,10 +218,6 @@ class Engine:
             if not queued_requests:
                 break
             self._send(queued_requests, now)
-        for queued in self._batcher.take_late():
-            waited, left = now - queued.arrived_seconds, queued.request.deadline_seconds - now
-            message = f"the deadline is {left:.3f} s away after {waited:.3f} s in the queue: too near to be answered"
-            self._refuse(queued.request, ErrorCode.DEADLINE_EXCEEDED, message)
         self._set_timer(now)
         self._queue_watch.changed()
 

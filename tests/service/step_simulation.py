@@ -67,16 +67,12 @@ class Done:
 
 @dataclass
 class Simulation:
-    """limits: of the queue. cost: of the ranks. done: what was answered. steps: what was sent, with the time.
-    expired: whose deadline passed in the queue. late: when what was refused, and in how many seconds it would have been
-    answered."""
+    """limits: of the queue. cost: of the ranks. done: what was answered. steps: what was sent, with the time."""
 
     limits: BatchLimits = LIMITS
     cost: Cost = field(default_factory=Cost)
     done: list[Done] = field(default_factory=list)
     steps: list[tuple[float, list[Queued]]] = field(default_factory=list)
-    expired: list[Queued] = field(default_factory=list)
-    late: list[tuple[float, ForwardRequest, float]] = field(default_factory=list)
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -94,10 +90,6 @@ class Simulation:
 
     def send(self, request: ForwardRequest, answered: Callable[[], None] = lambda: None) -> bool:
         """Queue a request now; `answered` is called with its answer."""
-        late_seconds = self.batcher.late_seconds(request, self.now, self.sent.ahead())
-        if late_seconds is not None:
-            self.late.append((self.now, request, late_seconds))
-            return False
         if not self.batcher.add(request, self.now):
             self.refused += 1
             return False
@@ -136,7 +128,6 @@ class Simulation:
         return [len(step) for sent, step in self.steps if sent >= after_seconds]
 
     def _pump(self) -> None:
-        self.expired += self.batcher.expire(self.now)
         while self.sent.have_room and (queued := self.batcher.next_step(self.now, self.sent.ahead())):
             step = Step(len(self.steps), 1, queued[0].request.layer, tuple(item.request for item in queued))
             self.steps.append((self.now, queued))
@@ -144,7 +135,6 @@ class Simulation:
             begin = max(self.now + self.cost.way_seconds, self._ranks_free)
             self._ranks_free = begin + self.cost.step_seconds(step.tokens)
             self.at(self._ranks_free + self.cost.way_seconds, partial(self._answered, step))
-        self.expired += self.batcher.take_late()
         wake = self.batcher.wake_seconds(self.now, self.sent.ahead(), self.sent.have_room)
         if wake < math.inf and not (self.now < self._wake <= wake):
             self._wake = max(wake, self.now)

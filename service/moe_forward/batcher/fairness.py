@@ -23,7 +23,6 @@ class _Account:
     given: float
     requests: int = 0
     tokens: int = 0
-    large_tokens: int = 0
 
 
 class Clients:
@@ -34,7 +33,6 @@ class Clients:
         self._clock = 0.0
         self._waiting: dict[int, _Account] = {}
         self._ahead: dict[int, float] = {}  # clients at rest that were given more than the clock says
-        self.large_tokens = 0
 
     def given(self, client: int) -> float:
         """Return what a waiting client was given."""
@@ -64,46 +62,21 @@ class Clients:
         mine = self._waiting.get(client)
         return sum(min(other.tokens, mine.tokens) for other in self._waiting.values()) if mine is not None else 0
 
-    def room_before(self, client: int, tokens: int) -> int:
-        """Return how many rows of steps are given in fair parts until a request that comes now is served, its own too.
-
-        Before a small one go the small ones of its client, and as many of each other client; before a large one all
-        small ones, and large ones in the same way. O(clients).
-        """
-        limits, room = self._limits, self._limits.room(tokens, 1)
-        if limits.is_large(tokens):
-            first = sum(account.tokens - account.large_tokens for account in self._waiting.values())
-            waiting = {number: account.large_tokens for number, account in self._waiting.items()}
-        else:
-            first = 0
-            waiting = {
-                number: limits.room(account.tokens - account.large_tokens, account.requests)
-                for number, account in self._waiting.items()
-            }
-        room += waiting.pop(client, 0)
-        return first + room + sum(min(other, room) for other in waiting.values())
-
-    def joined(self, item: Queued, large: bool) -> None:
-        """Note a request that waits from now on. large: small ones go before it."""
+    def joined(self, item: Queued) -> None:
+        """Note a request that waits from now on."""
         client = item.request.client
         account = self._waiting.get(client)
         if account is None:
             account = self._waiting[client] = _Account(max(self._clock, self._ahead.pop(client, self._clock)))
         account.requests += 1
         account.tokens += item.request.tokens
-        if large:
-            account.large_tokens += item.request.tokens
-            self.large_tokens += item.request.tokens
 
-    def left(self, item: Queued, large: bool) -> None:
+    def left(self, item: Queued) -> None:
         """Note a request that waits no more, served or not."""
         client = item.request.client
         account = self._waiting[client]
         account.requests -= 1
         account.tokens -= item.request.tokens
-        if large:
-            account.large_tokens -= item.request.tokens
-            self.large_tokens -= item.request.tokens
         if not account.requests:
             del self._waiting[client]
             if account.given > self._clock:

@@ -31,10 +31,6 @@ class BatchLimits:
         """Return how much of a step a request of `tokens` takes: by its rows or by its place, whichever is more."""
         return max(tokens / self.max_step_tokens, 1 / self.max_step_requests)
 
-    def room(self, tokens: int, requests: int) -> int:
-        """Return how many rows of steps so many requests take at least, by their own or by their places."""
-        return max(tokens, requests * self.max_step_tokens // self.max_step_requests)
-
     def is_large(self, tokens: int) -> bool:
         """Tell whether small requests go before one of `tokens`."""
         return tokens * SMALL_PART > self.max_step_tokens

@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moe_forward.batcher.admission import LARGE_TURN_STEPS, Outlook, Waiting
 from moe_forward.batcher.fairness import Clients, FairQueue
-from moe_forward.batcher.forming import Fit, Forming
 from moe_forward.batcher.limits import BatchLimits, Key, Queued
 from moe_forward.batcher.line import Line
 from moe_forward.batcher.pace import Pace
 from moe_forward.types import ForwardRequest
 
+LARGE_TURN_STEPS = 4.0
+"""Full steps that large requests wait at most while small ones go before them: a fifth of the time is theirs."""
 LEAD_SECONDS = 100e-6
 """How long before the ranks are free a step that could still grow leaves: not longer than the way to them and back."""
 COPY_LEAD_SECONDS = 1e-3
@@ -51,12 +51,10 @@ class Batcher:
         self._full: set[int] = set()  # layers that fill a step
         self._items: dict[Key, Queued] = {}
         self._deadlines: list[tuple[float, Key]] = []
-        self._late: list[Queued] = []
         self._large_since = math.inf
         self._large_went_last = False
         self._small_requests = 0
         self.pace = Pace()
-        self._outlook = Outlook(limits, self.pace, self._clients)
         self.requests = 0
         self.tokens = 0
 
@@ -65,13 +63,12 @@ class Batcher:
         if not self._clients.may_queue(request.client, request.tokens, self.requests, self.tokens):
             return False
         item = Queued(request, now)
-        large = self._limits.is_large(request.tokens)
-        if large:
+        if self._limits.is_large(request.tokens):
             self._large_since = min(self._large_since, now)
         else:
             self._small_requests += 1
         self._items[item.key] = item
-        self._clients.joined(item, large)
+        self._clients.joined(item)
         line = self._busy[request.layer] = self._line(request.layer)
         line.add(item)
         if line.is_full:
@@ -81,17 +78,6 @@ class Batcher:
         if request.deadline_seconds < math.inf:
             self._remember_deadline(request.deadline_seconds, item.key)
         return True
-
-    def late_seconds(self, request: ForwardRequest, now: float, ahead: Ahead | None = None) -> float | None:
-        """Return in how many seconds a request would be answered if that is after its deadline; None: it may come.
-
-        ahead: as for `next_step`. See `admission`.
-        """
-        if not self.requests or request.deadline_seconds == math.inf:
-            return None
-        lines = len(self._busy) + (request.layer not in self._busy)
-        waiting = Waiting(self.requests, self.tokens, lines)
-        return self._outlook.late_seconds(request, waiting, now, ahead.end_seconds if ahead is not None else -math.inf)
 
     def drain_seconds(self, client: int) -> float | None:
         """Return how long a client's waiting requests need to leave the queue; None before any step has finished."""
@@ -121,11 +107,6 @@ class Batcher:
             self._remove(expired[-1])
         return expired
 
-    def take_late(self) -> list[Queued]:
-        """Take out those that `next_step` passed over, since others wait and they would be answered too late."""
-        late, self._late = self._late, []
-        return late
-
     def next_step(self, now: float, ahead: Ahead | None = None) -> list[Queued]:
         """Take the requests of the next step. ahead: what is at the ranks, None while they are free.
 
@@ -138,8 +119,7 @@ class Batcher:
         Small requests go before large ones, and into a step without them. But when large ones have waited for the time
         of four full steps since one of them went, or the first of them for half its time to the deadline, one of their
         steps goes first, which small ones of its layer may join. Among small ones, and among large ones, it is the turn
-        of the client that was given least; the step is filled from its line, as far as it ends before the deadlines of
-        those in it (`forming`).
+        of the client that was given least; the step is filled from its line.
 
         Returns: requests of one layer, empty when nothing is due.
         """
@@ -155,12 +135,10 @@ class Batcher:
         if large:
             line = min(large, key=lambda line: line.large.place())
             if not small or self._is_turn_of_large(line.large.first(), now):
-                return self._take_large(line, now, _begin_seconds(now, ahead))
+                return self._take_large(line, now)
         if small:
             self._large_went_last = False
-            step = Forming(self._limits, self.pace, _begin_seconds(now, ahead))
-            self._fill(step, min(small, key=lambda line: line.small.place()).small)
-            return step.items
+            return self._fill([], min(small, key=lambda line: line.small.place()).small)
         return []
 
     def wake_seconds(self, now: float, ahead: Ahead | None = None, room: bool = True) -> float:
@@ -180,7 +158,7 @@ class Batcher:
 
     def finished(self, layer: int, tokens: int, sent_seconds: float, step_seconds: float, now: float) -> None:
         """Learn from a finished step. sent_seconds: when it left. step_seconds: since it could begin."""
-        self.pace.finished(tokens, step_seconds, now)
+        self.pace.finished(tokens, step_seconds)
         self._line(layer).company.answered(sent_seconds, now)
 
     def _line(self, layer: int) -> Line:
@@ -204,33 +182,30 @@ class Batcher:
         full_step_seconds = self.pace.step_seconds(self._limits.max_step_tokens) or math.inf
         return now >= min(halfway, self._large_since + LARGE_TURN_STEPS * full_step_seconds)
 
-    def _take_large(self, line: Line, now: float, begin_seconds: float) -> list[Queued]:
-        step = Forming(self._limits, self.pace, begin_seconds)
-        while not step.items:
-            self._serve_first(step, line.large)
+    def _take_large(self, line: Line, now: float) -> list[Queued]:
+        step: list[Queued] = []
+        self._serve(step, line.large.first())
         self._fill(step, line.small)
         self._fill(step, line.large)
         self._large_went_last = True
         self._large_since = now if self.requests > self._small_requests else math.inf
-        return step.items
+        return step
 
-    def _fill(self, step: Forming, queue: FairQueue) -> None:
+    def _fill(self, step: list[Queued], queue: FairQueue) -> list[Queued]:
         """Serve from `queue` while it fits; who does not fit is not overtaken."""
-        while queue.requests and self._serve_first(step, queue):
-            pass
+        tokens = sum(item.request.tokens for item in step)
+        while queue.requests and len(step) < self._limits.max_step_requests:
+            item = queue.first()
+            tokens += item.request.tokens
+            if step and tokens > self._limits.max_step_tokens:
+                break
+            self._serve(step, item)
+        return step
 
-    def _serve_first(self, step: Forming, queue: FairQueue) -> bool:
-        """Take out whose turn it is, into the step or as one that is late; False: there is no room in the step."""
-        item = queue.first()
-        fit = step.take(item, queue.tokens if queue.requests > 1 else 0)
-        if fit is Fit.NO_ROOM:
-            return False
-        if fit is Fit.TAKEN:
-            self._clients.charge(item)
-        else:
-            self._late.append(item)
+    def _serve(self, step: list[Queued], item: Queued) -> None:
+        step.append(item)
+        self._clients.charge(item)
         self._remove(item)
-        return True
 
     def _take(self, unwanted: Callable[[Queued], bool]) -> list[Queued]:
         taken = [item for item in self._items.values() if unwanted(item)]
@@ -246,11 +221,10 @@ class Batcher:
             self._full.discard(item.request.layer)
         if not line:
             del self._busy[item.request.layer]
-        large = self._limits.is_large(item.request.tokens)
-        self._clients.left(item, large)
+        self._clients.left(item)
         self.requests -= 1
         self.tokens -= item.request.tokens
-        if not large:
+        if not self._limits.is_large(item.request.tokens):
             self._small_requests -= 1
         elif self.requests == self._small_requests:
             self._large_since = math.inf
@@ -265,10 +239,6 @@ class Batcher:
         while self._deadlines and self._deadlines[0][1] not in self._items:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else math.inf
-
-
-def _begin_seconds(now: float, ahead: Ahead | None) -> float:
-    return now if ahead is None or ahead.end_seconds == math.inf else max(now, ahead.end_seconds)
 
 
 def _hurry_seconds(ahead: Ahead | None) -> float:
