@@ -17,9 +17,9 @@ from typing import Any
 from uvicorn.server import ServerState
 
 from moe_forward.api.body import ClientDisconnected
-from moe_forward.api.connections import server_settings
 from moe_forward.api.keys import parse_keys
 from moe_forward.api.peer import EXTENSION
+from moe_forward.api.server import server_settings
 from moe_forward.checkpoint.index import read_header
 from moe_forward.config import Config
 from moe_forward.errors import CheckpointError, ConfigError, ForwardError

@@ -58,11 +58,8 @@ class Script:
         self.most = max(self.most, len(self.launched))
         return Launched(self, step)
 
-    def fileno(self) -> int:
-        raise NotImplementedError
-
     def close(self) -> None:
-        raise NotImplementedError
+        raise AssertionError("the loop does not close what it was given")
 
 
 class Launched:

@@ -8,20 +8,15 @@ nothing, nor on the rest of a refused body, and answers what is no HTTP in plain
 from __future__ import annotations
 
 import asyncio
-import functools
 import http
 import logging
-import math
 import os
-import ssl
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import httptools
-import uvicorn
-from starlette.types import ASGIApp
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -30,8 +25,6 @@ from moe_forward.api.direct import DirectBody, DirectPeer
 from moe_forward.api.errors import render
 from moe_forward.api.peer import EXTENSION
 from moe_forward.api.request_id import new_request_id
-from moe_forward.api.tensor_paths import is_tensor_path
-from moe_forward.config import Config
 from moe_forward.errors import ErrorCode, ForwardError
 
 log = logging.getLogger(__name__)
@@ -52,57 +45,6 @@ class ConnectionLimits:
     header_bytes: int
     header_seconds: float
     body_seconds: float
-
-
-def server_settings(
-    app: ASGIApp,
-    config: Config,
-    tls: ssl.SSLContext | None,
-    takes_body: Callable[[str], bool] = is_tensor_path,
-) -> uvicorn.Config:
-    """Return how uvicorn serves `app`.
-
-    tls: None serves plain HTTP. takes_body: whether what `app` does at a path asks the request's peer for its body.
-    """
-    limits = ConnectionLimits(
-        config.max_connections, config.max_header_bytes, config.header_timeout_seconds, config.body_timeout_seconds
-    )
-    settings = uvicorn.Config(
-        app,
-        # called like the class it makes
-        http=functools.partial(_accept, limits, Buffers(), takes_body),  # type: ignore[arg-type]
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,  # the log says who connected, not what X-Forwarded-For claims
-        server_header=False,
-        timeout_keep_alive=config.keep_alive_seconds,
-        timeout_graceful_shutdown=math.ceil(config.drain_timeout_seconds),
-    )
-    settings.load()
-    settings.ssl = tls  # uvicorn would make one of its own from files
-    return settings
-
-
-def _accept(
-    limits: ConnectionLimits, buffers: Buffers, takes_body: Callable[[str], bool], *arguments: Any, **options: Any
-) -> Intake:
-    return Intake(Connection(limits, buffers, takes_body, *arguments, **options))
-
-
-class Intake(asyncio.BufferedProtocol):
-    """What the event loop sees of a `Connection`: loops take it from its class whether a protocol names the memory that
-    is read into, and uvicorn's class says no."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection_made = connection.connection_made  # type: ignore[assignment]
-        self.connection_lost = connection.connection_lost  # type: ignore[method-assign]
-        self.eof_received = connection.eof_received  # type: ignore[method-assign]
-        self.pause_writing = connection.pause_writing  # type: ignore[method-assign]
-        self.resume_writing = connection.resume_writing  # type: ignore[method-assign]
-        self.get_buffer = connection.get_buffer  # type: ignore[method-assign]
-        self.buffer_updated = connection.buffer_updated  # type: ignore[method-assign]
 
 
 class _Flow(FlowControl):
