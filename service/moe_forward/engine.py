@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from moe_forward import group_status
 from moe_forward.answers import report_of, results_of
-from moe_forward.batcher import Batcher, BatchLimits, Queued
+from moe_forward.batcher import IN_TIME_PART, Batcher, BatchLimits, Queued
 from moe_forward.channel import AsyncChannel, same_user
 from moe_forward.errors import ErrorCode
 from moe_forward.heartbeat import SilenceWatch
@@ -174,10 +174,14 @@ class Engine:
         if not self._status.ready:
             code = ErrorCode.RANK_LOST if self._status.lost else ErrorCode.NOT_READY
             self._refuse(request, code, self._status.reason, LOST_RETRY_AFTER_SECONDS)
+        elif (seconds := self._batcher.late_seconds(request, now, self._steps.ahead())) is not None:
+            left_seconds = request.deadline_seconds - now
+            reason = (
+                f"an answer would take up to {seconds / IN_TIME_PART:.3g} s, more than the {left_seconds:.3g} s left"
+            )
+            self._refuse_full(request, reason, seconds)
         elif not self._batcher.add(request, now):
-            waiting = f"{self._batcher.requests} requests with {self._batcher.tokens} tokens are waiting"
-            retry_after_seconds = self._drain_seconds(request.client)
-            self._refuse(request, ErrorCode.QUEUE_FULL, f"the queue is full: {waiting}", retry_after_seconds)
+            self._refuse_full(request, "the queue is full", self._batcher.drain_seconds(request.client))
 
     def _cancel(self, front: int, request: int) -> None:
         queued = self._batcher.cancel(front, request)
@@ -195,11 +199,12 @@ class Engine:
         result = ForwardResult(request.front, request.request, code, message, retry_after_seconds, held=held)
         self._fronts.answer(result)
 
-    def _drain_seconds(self, client: int) -> float:
-        seconds = self._batcher.drain_seconds(client)
-        if seconds is None:
-            return LOST_RETRY_AFTER_SECONDS
-        return min(MAX_RETRY_AFTER_SECONDS, max(1.0, seconds))
+    def _refuse_full(self, request: ForwardRequest, reason: str, drain_seconds: float | None) -> None:
+        waiting = f"{self._batcher.requests} requests with {self._batcher.tokens} tokens are waiting"
+        retry_after_seconds = LOST_RETRY_AFTER_SECONDS
+        if drain_seconds is not None:
+            retry_after_seconds = min(MAX_RETRY_AFTER_SECONDS, max(1.0, drain_seconds))
+        self._refuse(request, ErrorCode.QUEUE_FULL, f"{reason}: {waiting}", retry_after_seconds)
 
     # Steps
 

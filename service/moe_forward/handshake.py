@@ -19,6 +19,9 @@ SECRET_BYTES = 32
 HANDSHAKE_SECONDS = 5.0
 """Until a stranger who says nothing is hung up on."""
 
+BACKLOG_CONNECTIONS = 1024
+"""More than there are ranks: all of them connect at once."""
+
 _NONCE_BYTES = 32
 _PROOF_BYTES = hashlib.sha256().digest_size
 _GREETING = b"moe-forward ranks 1\n"
@@ -42,13 +45,13 @@ def new_secret() -> bytes:
     return secrets.token_bytes(SECRET_BYTES)
 
 
-def listen(host: str, port: int, backlog: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Listen on one address; port 0 takes a free one. Raises OSError when it cannot be had."""
     sock = socket.socket(_family(host), socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
-        sock.listen(backlog)
+        sock.listen(BACKLOG_CONNECTIONS)
     except OSError:
         sock.close()
         raise

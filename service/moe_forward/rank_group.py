@@ -10,12 +10,13 @@ from typing import Any, Literal, NamedTuple
 
 import ray
 
-from moe_forward.actors import EngineActor, GatewayActor, RankActor
+from moe_forward.actors import EngineActor, GatewayActor
 from moe_forward.batcher import BatchLimits
 from moe_forward.cluster import SEE_ALL_GPUS
 from moe_forward.exchange import Meeting
 from moe_forward.handshake import Address, new_secret
 from moe_forward.placement import Places, RankPlace, this_address, this_node
+from moe_forward.rank_actor import RankActor
 from moe_forward.rank_setup import LOOPBACK, RankSetup, all_experts_fit, resized
 
 ENGINE, GATEWAY, RANK = "the engine", "the gateway", "rank "

@@ -67,12 +67,15 @@ class Done:
 
 @dataclass
 class Simulation:
-    """limits: of the queue. cost: of the ranks. done: what was answered. steps: what was sent, with the time."""
+    """limits: of the queue. cost: of the ranks. done: what was answered. steps: what was sent, with the time.
+    expired: whose deadline passed in the queue. late: when what was refused since it would be answered too late."""
 
     limits: BatchLimits = LIMITS
     cost: Cost = field(default_factory=Cost)
     done: list[Done] = field(default_factory=list)
     steps: list[tuple[float, list[Queued]]] = field(default_factory=list)
+    expired: list[Queued] = field(default_factory=list)
+    late: list[tuple[float, ForwardRequest]] = field(default_factory=list)
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -90,6 +93,9 @@ class Simulation:
 
     def send(self, request: ForwardRequest, answered: Callable[[], None] = lambda: None) -> bool:
         """Queue a request now; `answered` is called with its answer."""
+        if self.batcher.late_seconds(request, self.now, self.sent.ahead()) is not None:
+            self.late.append((self.now, request))
+            return False
         if not self.batcher.add(request, self.now):
             self.refused += 1
             return False
@@ -128,6 +134,7 @@ class Simulation:
         return [len(step) for sent, step in self.steps if sent >= after_seconds]
 
     def _pump(self) -> None:
+        self.expired += self.batcher.expire(self.now)
         while self.sent.have_room and (queued := self.batcher.next_step(self.now, self.sent.ahead())):
             step = Step(len(self.steps), 1, queued[0].request.layer, tuple(item.request for item in queued))
             self.steps.append((self.now, queued))

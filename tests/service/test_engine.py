@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import functools
 import os
+import re
 import socket
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -114,6 +116,31 @@ async def test_a_full_queue_refuses_with_a_time_to_try_again(pool: Pool, gate: G
     assert front.slab.taken_bytes < before
     gate.open()
     assert [result.code for result in await asyncio.gather(running, *waiting)] == [None] * 4
+
+
+async def test_who_would_not_be_answered_in_time_is_told_at_once_and_when_to_come_back(pool: Pool, gate: Gate) -> None:
+    pool.limits = BatchLimits(64, 1, 0.0, 8, 1000, max_steps_in_flight=1)
+
+    def slow(rank: FakeRank, step: Step) -> StepResult:
+        time.sleep(0.1)
+        return gate(rank, step)
+
+    gate.open()
+    front = await pool.start(slow)
+    assert (await front.forward(front.request())).code is None
+    gate.shut()
+    waiting = [front.send(front.request(tokens=2)) for _ in range(3)]
+    await front.until(lambda: gate.entered == 2 and front.link.inflight == 3)
+    refused = await front.forward(front.request(timeout_seconds=0.3))
+    assert refused.code == ErrorCode.QUEUE_FULL
+    assert re.match(
+        r"an answer would take up to 0\.\d+ s, more than the 0\.(3|2\d*) s left: 2 requests", refused.message
+    )
+    assert refused.retry_after_seconds == 1.0
+    patient = front.send(front.request(timeout_seconds=20.0))
+    await front.until(lambda: front.link.inflight == 4)
+    gate.open()
+    assert [result.code for result in await asyncio.gather(*waiting, patient)] == [None] * 4
 
 
 async def test_a_deadline_passes_in_the_queue_while_a_step_runs(pool: Pool, gate: Gate) -> None:

@@ -48,7 +48,7 @@ class Door:
     """A gateway in threads of this process."""
 
     def __init__(self, path: Path) -> None:
-        self._listener = listen("127.0.0.1", 0, 64)
+        self._listener = listen("127.0.0.1", 0)
         self.address = Address("127.0.0.1", self._listener.getsockname()[1], new_secret())
         self._thread = threading.Thread(target=Gateway(self.address, path, RANKS).serve, args=(self._listener,))
         self._thread.start()

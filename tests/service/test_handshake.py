@@ -21,7 +21,7 @@ class Listener:
 
     def __init__(self, secret: bytes, serve: Callable[[socket.socket, Address], None] = welcome) -> None:
         self.error: Exception | None = None
-        self._listener = listen("127.0.0.1", 0, 8)
+        self._listener = listen("127.0.0.1", 0)
         self._listener.settimeout(20.0)
         self.address = Address("127.0.0.1", self._listener.getsockname()[1], secret)
         self._thread = threading.Thread(target=self._run, args=(serve,))
@@ -141,5 +141,5 @@ def test_a_secret_is_not_shown() -> None:
 
 
 def test_listening_is_on_one_address() -> None:
-    with listen("127.0.0.2", 0, 8) as sock, pytest.raises(ConnectionRefusedError):
+    with listen("127.0.0.2", 0) as sock, pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", sock.getsockname()[1]), 5.0)

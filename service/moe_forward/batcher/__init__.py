@@ -1,11 +1,12 @@
 """The queue of an engine: which requests become the next step, and when. Pure: time is an argument, nothing is sent.
 
 `queue` decides, over a `line` of requests for each layer; `fairness` is between clients, `patience` is how long company
-is worth waiting for, and `pace` is what finished steps have taught.
+is worth waiting for, `pace` is what finished steps have taught, and `admission` who would be answered too late.
 """
 
+from moe_forward.batcher.admission import IN_TIME_PART
 from moe_forward.batcher.limits import BatchLimits, Queued
 from moe_forward.batcher.pace import Pace
 from moe_forward.batcher.queue import Ahead, Batcher
 
-__all__ = ["Ahead", "BatchLimits", "Batcher", "Pace", "Queued"]
+__all__ = ["IN_TIME_PART", "Ahead", "BatchLimits", "Batcher", "Pace", "Queued"]

@@ -23,6 +23,7 @@ class _Account:
     given: float
     requests: int = 0
     tokens: int = 0
+    small_tokens: int = 0
 
 
 class Clients:
@@ -62,6 +63,13 @@ class Clients:
         mine = self._waiting.get(client)
         return sum(min(other.tokens, mine.tokens) for other in self._waiting.values()) if mine is not None else 0
 
+    def small_tokens_before(self, client: int, tokens: int) -> int:
+        """Return how many tokens of small requests leave, in fair parts, until a new one of `tokens` has, too."""
+        mine = self._waiting.get(client)
+        wanted = tokens + (mine.small_tokens if mine is not None else 0)
+        others = (account for number, account in self._waiting.items() if number != client)
+        return wanted + sum(min(other.small_tokens, wanted) for other in others)
+
     def joined(self, item: Queued) -> None:
         """Note a request that waits from now on."""
         client = item.request.client
@@ -70,6 +78,8 @@ class Clients:
             account = self._waiting[client] = _Account(max(self._clock, self._ahead.pop(client, self._clock)))
         account.requests += 1
         account.tokens += item.request.tokens
+        if not self._limits.is_large(item.request.tokens):
+            account.small_tokens += item.request.tokens
 
     def left(self, item: Queued) -> None:
         """Note a request that waits no more, served or not."""
@@ -77,6 +87,8 @@ class Clients:
         account = self._waiting[client]
         account.requests -= 1
         account.tokens -= item.request.tokens
+        if not self._limits.is_large(item.request.tokens):
+            account.small_tokens -= item.request.tokens
         if not account.requests:
             del self._waiting[client]
             if account.given > self._clock:

@@ -47,3 +47,8 @@ class Queued:
     def key(self) -> Key:
         """What the request is called."""
         return self.request.front, self.request.request
+
+    @property
+    def given_seconds(self) -> float:
+        """From its arrival to its deadline."""
+        return self.request.deadline_seconds - self.arrived_seconds

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 SMOOTHING = 0.2
 RATE_SMOOTHING = 0.1
+
+
+@dataclass(slots=True)
+class _Size:
+    """Steps of about one size: how many tokens on average, and how long they take."""
+
+    tokens: float
+    seconds: float
 
 
 class Pace:
@@ -11,20 +22,61 @@ class Pace:
 
     def __init__(self) -> None:
         self.tokens_per_second = 0.0
-        self._seconds: dict[int, float] = {}  # bits of the number of tokens -> seconds of a step
+        self._sizes: dict[int, _Size] = {}  # by bits of the number of tokens
+        self._ascending: list[_Size] = []
 
     def finished(self, tokens: int, seconds: float) -> None:
-        """Learn from a step. seconds: since it could begin, so that steps that overlap are not counted twice."""
+        """Learn from a step. seconds: since it could begin, so that steps that overlap are not counted twice.
+
+        Also about other sizes, not tried since ranks became slower or quicker: a larger step takes
+        no less, but no more than in proportion, since it could be several of these; a smaller one the other way round.
+        """
         rate = tokens / max(seconds, 1e-6)
         self.tokens_per_second += (rate - self.tokens_per_second) * (RATE_SMOOTHING if self.tokens_per_second else 1)
-        size = tokens.bit_length()
-        before = self._seconds.get(size, seconds)
-        self._seconds[size] = before + (seconds - before) * SMOOTHING
+        size = self._sizes.get(tokens.bit_length())
+        if size is None:
+            size = self._sizes[tokens.bit_length()] = _Size(tokens, seconds)
+            self._ascending = [self._sizes[bits] for bits in sorted(self._sizes)]
+        size.tokens += (tokens - size.tokens) * SMOOTHING
+        size.seconds += (seconds - size.seconds) * SMOOTHING
+        for other in self._ascending:
+            times = other.tokens / size.tokens
+            other.seconds = min(max(other.seconds, size.seconds * min(1.0, times)), size.seconds * max(1.0, times))
 
     def step_seconds(self, tokens: int) -> float | None:
         """Return how long a step of `tokens` takes, by those nearest in size (a factor of two); None before any."""
-        if not self._seconds:
+        if not self._sizes:
             return None
         wanted = tokens.bit_length()
-        found = self._seconds.get(wanted)
-        return self._seconds[min(self._seconds, key=lambda size: abs(size - wanted))] if found is None else found
+        size = self._sizes.get(wanted) or self._sizes[min(self._sizes, key=lambda bits: abs(bits - wanted))]
+        return size.seconds
+
+    def expected_seconds(self, tokens: float) -> float | None:
+        """Return the same between the sizes that were seen, for steps of any.
+
+        Smaller ones than any take as long as the smallest, since that is mostly what every step takes; larger ones grow
+        as from the last size but one to the last, or not at all where there is one size only.
+        """
+        sizes = self._ascending
+        if not sizes:
+            return None
+        above = next((number for number, size in enumerate(sizes) if size.tokens >= tokens), len(sizes) - 1)
+        if above == 0:
+            return sizes[0].seconds
+        low, high = sizes[above - 1 : above + 1]
+        return low.seconds + (tokens - low.tokens) * (high.seconds - low.seconds) / (high.tokens - low.tokens)
+
+    def tokens_within(self, seconds: float) -> float:
+        """Return how many tokens a step may have that is to take `seconds`, or twice the least that any takes.
+
+        Returns: infinite where no size says how steps grow.
+        """
+        sizes = self._ascending
+        if len(sizes) < 2:
+            return math.inf
+        seconds = max(seconds, 2 * sizes[0].seconds)
+        above = next((number for number, size in enumerate(sizes) if size.seconds > seconds), len(sizes) - 1)
+        low, high = sizes[above - 1 : above + 1]
+        if high.seconds <= low.seconds:
+            return math.inf
+        return low.tokens + (seconds - low.seconds) * (high.tokens - low.tokens) / (high.seconds - low.seconds)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moe_forward.batcher.admission import IN_TIME_PART, Backlog, most_step_tokens, wait_seconds
 from moe_forward.batcher.fairness import Clients, FairQueue
 from moe_forward.batcher.limits import BatchLimits, Key, Queued
 from moe_forward.batcher.line import Line
@@ -15,6 +16,8 @@ from moe_forward.types import ForwardRequest
 
 LARGE_TURN_STEPS = 4.0
 """Full steps that large requests wait at most while small ones go before them: a fifth of the time is theirs."""
+LARGE_SLOWDOWN = 1 + 1 / LARGE_TURN_STEPS
+"""How much longer small requests wait for that."""
 LEAD_SECONDS = 100e-6
 """How long before the ranks are free a step that could still grow leaves: not longer than the way to them and back."""
 COPY_LEAD_SECONDS = 1e-3
@@ -78,6 +81,22 @@ class Batcher:
         if request.deadline_seconds < math.inf:
             self._remember_deadline(request.deadline_seconds, item.key)
         return True
+
+    def late_seconds(self, request: ForwardRequest, now: float, ahead: Ahead | None = None) -> float | None:
+        """Return in how many seconds a request would be answered if that is too late; None: in time, or not known.
+
+        ahead: as for `next_step`. Who finds the queue empty is never late: that is how a new pace is learned.
+        """
+        left_seconds = request.deadline_seconds - now
+        if not self.requests or not 0 < left_seconds < math.inf:
+            return None
+        most_tokens = most_step_tokens(left_seconds, self._limits, self.pace)
+        seconds = wait_seconds(self._backlog(request), most_tokens, self._limits.max_step_requests, self.pace)
+        if seconds is None or (ahead is not None and ahead.end_seconds == math.inf):
+            return None
+        if ahead is not None:
+            seconds += max(0.0, ahead.end_seconds - now)
+        return seconds if seconds > IN_TIME_PART * left_seconds else None
 
     def drain_seconds(self, client: int) -> float | None:
         """Return how long a client's waiting requests need to leave the queue; None before any step has finished."""
@@ -161,6 +180,14 @@ class Batcher:
         self.pace.finished(tokens, step_seconds)
         self._line(layer).company.answered(sent_seconds, now)
 
+    def _backlog(self, request: ForwardRequest) -> Backlog:
+        tokens = before = self.tokens + request.tokens
+        if not self._limits.is_large(request.tokens):  # or all that waits goes first
+            small = self._clients.small_tokens_before(request.client, request.tokens)
+            before = min(tokens, math.ceil(LARGE_SLOWDOWN * small))
+        lines = len(self._busy) + (request.layer not in self._busy)
+        return Backlog(self.requests + 1, tokens, lines, before)
+
     def _line(self, layer: int) -> Line:
         line = self._lines.get(layer)
         if line is None:
@@ -194,10 +221,15 @@ class Batcher:
     def _fill(self, step: list[Queued], queue: FairQueue) -> list[Queued]:
         """Serve from `queue` while it fits; who does not fit is not overtaken."""
         tokens = sum(item.request.tokens for item in step)
+        given_seconds = min((item.given_seconds for item in step), default=math.inf)
+        most_tokens = most_step_tokens(given_seconds, self._limits, self.pace)
         while queue.requests and len(step) < self._limits.max_step_requests:
             item = queue.first()
             tokens += item.request.tokens
-            if step and tokens > self._limits.max_step_tokens:
+            if item.given_seconds < given_seconds:
+                given_seconds = item.given_seconds
+                most_tokens = most_step_tokens(given_seconds, self._limits, self.pace)
+            if step and tokens > most_tokens:
                 break
             self._serve(step, item)
         return step

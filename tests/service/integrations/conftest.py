@@ -14,9 +14,9 @@ import torch
 
 from moe_forward import checkpoint
 
+from ..whole.in_process import InProcess
 from ..whole.local import Local
 from ..whole.running import Service
-from .in_process import InProcess
 
 CONFIG: dict[str, Any] = {
     "slab_bytes": 64 << 20,

@@ -20,7 +20,7 @@ import httpx
 
 from .processes import alive, find_marked
 
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 STOP_SECONDS = 120.0
 POLL_SECONDS = 0.05
 MARK = "MOE_FORWARD_TEST_MARK"

@@ -25,11 +25,6 @@ def missing_shard(model: Path) -> None:
     (model / SHARD).unlink()
 
 
-def truncated_shard(model: Path) -> None:
-    with (model / SHARD).open("r+b") as file:
-        file.truncate((model / SHARD).stat().st_size - 1000)
-
-
 def rewrite(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Change the tensors of a model; one file holds all of them afterwards."""
     tensors = load_file(model / SHARD)
@@ -37,10 +32,6 @@ def rewrite(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, model / "model.safetensors")
     (model / SHARD).unlink()
     (model / "model.safetensors.index.json").unlink()
-
-
-def wrong_size(model: Path) -> None:
-    rewrite(model, lambda tensors: tensors.update({MATRIX: tensors[MATRIX][:-1]}))
 
 
 def group_size_64(model: Path) -> None:
@@ -54,8 +45,6 @@ def zero_points(model: Path) -> None:
 
 DAMAGES: dict[Callable[[Path], None], tuple[str, ...]] = {
     missing_shard: (SHARD, "missing"),
-    truncated_shard: (SHARD, "truncated"),
-    wrong_size: (MATRIX, "[255, 64]", "[256, 64]"),
     group_size_64: (MATRIX, "group size 64"),
     zero_points: (MATRIX, "zero point"),
 }
