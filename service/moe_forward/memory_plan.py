@@ -199,7 +199,9 @@ def _step(spec: ModelSpec, place: Place, exchange: str, granularity: ActivationS
     routing_bytes = 5 * 8 * min(tokens * hidden, ROUTER_BLOCK)
     return (
         MemoryItem(
-            "tokens", tokens * 13 * hidden + routing_bytes, f"{tokens} of {hidden}: received, quantized, routed, output"
+            "tokens",
+            tokens * 25 * hidden + routing_bytes,
+            f"{tokens} of {hidden}: received and output of two steps, quantized, routed",
         ),
         MemoryItem("rows on their way", _exchange_bytes(place, exchange), f"at most {rows} rows, and back"),
         MemoryItem("activated rows", rows * 4 * inner, f"[{rows}, {inner}] float32"),

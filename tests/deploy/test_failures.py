@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from moe_forward import ladder
 from moe_forward.client import MissingExperts
 from moe_forward.config import Config
+from moe_forward.errors import ErrorCode
 from moe_forward.group_start import PLACE_SECONDS
 from moe_forward.metrics import Metrics
 from moe_forward.wire.missing import Missing
@@ -19,7 +20,7 @@ PAGE = (ROOT / "deploy/FAILURES.md").read_text()
 
 
 def test_settings_that_are_named_exist_and_have_the_defaults_that_are_named() -> None:
-    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)(?::[^`]*)?`", PAGE)) - {"rank_lost", "not_ready"}
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)(?::[^`]*)?`", PAGE)) - {code.slug for code in ErrorCode}
     fields = {"missing_routes", "missing_experts"}
     series = {name for name in named if name.startswith("moe_forward_")}
     assert named - fields - series <= set(Config.model_fields)

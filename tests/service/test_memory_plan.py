@@ -20,7 +20,10 @@ from moe_forward.types import GateSpec, ModelSpec
 from w4afp8.linear import slice_weight
 
 R1 = ModelSpec("r1", 7168, 2048, 256, 8, 2048, tuple(range(3, 61)), 128, GateSpec("deepseek_v3", 8, 4))
+K2 = ModelSpec("k2", 7168, 2048, 384, 8, 2048, tuple(range(1, 61)), 32, GateSpec("deepseek_v3", 1, 1))
 GB = 10**9
+H200_BYTES = 140 * GB
+"""What a context leaves of its 141 GB."""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,14 @@ def test_deepseek_r1_on_eight_gpus_is_what_is_known_of_it() -> None:
     assert size(planned, "routed experts") == blocks * 8448 + scales
     assert 45 * GB < planned.total_bytes < 60 * GB
     assert 100 * 2**20 < size(planned, "DeepEP's buffer") < 200 * 2**20  # DeepEP's own hint: 8 ranks, 1024 tokens
+
+
+def test_kimi_k2_fits_on_eight_h200_and_not_on_four() -> None:
+    eight, four = (plan(K2, ranks, "deepep", "cutlass", 1024, "token") for ranks in (8, 4))
+    assert size(eight, "routed experts") > 60 * 48 * 3 * 7168 * 2048 / 2, "and scales of groups of 32"
+    eight.check(H200_BYTES)
+    with pytest.raises(StartError, match=r"serve \d+ of the 60 layers"):
+        four.check(H200_BYTES)
 
 
 @pytest.mark.parametrize("exchange", ["local", "nccl", "deepep"])

@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,13 @@ def run_rank(rank: int, folder: Path) -> None:
     for number, name in enumerate(sorted({case["exchange"] for case in cases})):
         if rank == 0:
             group = exchange.create(name, place(0, 2, 2, folder / f"lost-{name}", cases[0]))
+            (folder / f"joined-{name}").touch()
             results["lost"][name] = dispatch_error(group)
             group.close()
         elif rank == 1 + number:  # plays rank 1, and leaves as a killed process does: without a word
             exchange.create(name, place(1, 2, 2, folder / f"lost-{name}", cases[0]))
+            while not (folder / f"joined-{name}").exists():
+                time.sleep(0.01)
             os._exit(0)
     torch.save(results, folder / f"rank-{rank}.pt")
 

@@ -1,0 +1,106 @@
+"""The whole service of a checkpoint: how long it takes to be ready, what it does under load, and a killed rank.
+
+    python -m tests.bench.host_service FOLDER --out service.json                               all GPUs
+    python -m tests.bench.host_service FOLDER --out service.json --device cpu --ranks 8        tries it on CPUs
+
+Requests go to layers at random, so that all of them take turns. The rank is killed while a load runs; what is measured
+then is until when the service says that it is not ready, and until when it has answered with the same bits as before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_forward import checkpoint
+
+from ..service.whole.forwards import Forward, as_safetensors, post, read_output
+from ..service.whole.running import Service, command
+
+LOADS = ((1, 32), (1, 256), (64, 32), (1024, 8), (4096, 4))
+"""Tokens of a request, and callers."""
+START_SECONDS = 300.0
+POLL_SECONDS = 0.01
+NOTICE_SECONDS = 60.0
+
+
+def bench(service: Service, tokens: int, callers: int, seconds: float, json_file: Path) -> dict[str, Any]:
+    """Load the service by `moe-forward bench` and return its report."""
+    options = ["--tokens", str(tokens), "--concurrency", str(callers), "--layer-order", "random"]
+    options += ["--seconds", str(seconds), "--no-self-check", "--json", str(json_file)]
+    done = subprocess.run(command("bench", service.url, *options), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"bench ended with {done.returncode}: {done.stderr[-2000:]}")
+    report: dict[str, Any] = json.loads(json_file.read_text())
+    return report
+
+
+def kill_a_rank(service: Service, forward: Forward) -> dict[str, Any]:
+    """Kill the last rank. Returns: seconds until not ready, until ready, until it has answered, and whether alike."""
+    before = read_output(post(service.url, as_safetensors(forward)))
+    victim = service.rank_pids()[-1]
+    killed = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    while service.get("/v2/health/ready").status_code == 200:
+        if time.monotonic() > killed + NOTICE_SECONDS:
+            raise RuntimeError(f"a killed rank was not noticed within {NOTICE_SECONDS:g} s")
+        time.sleep(POLL_SECONDS)
+    noticed = time.monotonic()
+    service.wait_ready_again()
+    ready = time.monotonic()
+    after = read_output(post(service.url, as_safetensors(forward)))
+    return {
+        "noticed_seconds": noticed - killed,
+        "ready_seconds": ready - killed,
+        "answered_seconds": time.monotonic() - killed,
+        "same_bits": torch.equal(before, after),
+    }
+
+
+def main() -> int:
+    """Parse the command line, and measure; what is known is written after each part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--ranks", type=int, help="default: the service's own choice")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
+    options = parser.parse_args()
+    spec = checkpoint.read_spec(options.folder)
+    config = {"device": options.device, "slab_bytes": 1 << 30, "max_rank_restarts": 3, "api_keys_file": None}
+    generator = torch.Generator().manual_seed(1)
+    forward = Forward(spec.layers[-1], torch.randn(33, spec.hidden_size, generator=generator).to(torch.bfloat16))
+    document: dict[str, Any] = {"layers": len(spec.layers), "experts": spec.num_experts, "loads": []}
+
+    def write() -> None:
+        options.out.write_text(json.dumps(document, indent=1))
+
+    started = time.monotonic()
+    with closing(Service(options.folder, options.ranks, config, START_SECONDS)) as service:
+        service.wait_ready()
+        document["start_seconds"] = time.monotonic() - started
+        document["ranks"] = service.get("/v1/ranks").json()["ranks"]
+        write()
+        for tokens, callers in LOADS:
+            report = bench(service, tokens, callers, options.seconds, options.out.with_suffix(".bench.json"))
+            document["loads"].append({"tokens": tokens, "callers": callers, "report": report})
+            write()
+        document["killed_rank"] = kill_a_rank(service, forward)
+        write()
+        document["exit_status"] = service.terminate()
+        write()
+    return 0 if document["killed_rank"]["same_bits"] and document["exit_status"] == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
