@@ -16,12 +16,12 @@ import select
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from moe_forward.datagrams import pack, read
+from moe_forward.datagrams import pack, pack_together, read
 from moe_forward.errors import ChannelClosed
-from moe_forward.messages import Message
+from moe_forward.messages import Message, Several
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ class AsyncChannel:
 
     on_message: called with each message and the descriptors it carried (the callee closes them).
     on_close: called once when the other end is gone; not after `close`.
+    on_rest: called after the messages of each datagram.
     """
 
     def __init__(
@@ -149,12 +150,15 @@ class AsyncChannel:
         sock: socket.socket,
         on_message: Callable[[AsyncChannel, Message, list[int]], None],
         on_close: Callable[[AsyncChannel], None],
+        on_rest: Callable[[], None] = lambda: None,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._receiver = _Receiver(sock)
         self._on_message = on_message
         self._on_close = on_close
+        self._on_rest = on_rest
+        self._posted: list[Message] = []
         self._pending: deque[tuple[bytes, int | None]] = deque()
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -165,9 +169,29 @@ class AsyncChannel:
 
         fd: a descriptor to pass along; a copy is kept until it is sent, so the caller may close its own.
         """
+        self._send_posted()
+        self._put(pack(message), fd)
+
+    def send_all(self, messages: Iterable[Message]) -> None:
+        """Send messages together, in order, as `send` would one by one."""
+        self._send_posted()
+        for data in pack_together(messages, MAX_MESSAGE_BYTES):
+            self._put(data, None)
+
+    def post(self, message: Message) -> None:
+        """Send one message together with those that are posted in the same turn of the loop."""
+        if not self._posted:
+            self._loop.call_soon(self._send_posted)
+        self._posted.append(message)
+
+    def _send_posted(self) -> None:
+        posted, self._posted = self._posted, []
+        for data in pack_together(posted, MAX_MESSAGE_BYTES):
+            self._put(data, None)
+
+    def _put(self, data: bytes, fd: int | None) -> None:
         if self._closed:
             return
-        data = pack(message)
         if not self._pending:
             try:
                 _send(self._sock, data, fd)
@@ -204,7 +228,13 @@ class AsyncChannel:
                 self.close()
                 self._on_close(self)
                 return
-            self._on_message(self, message, fds)
+            if isinstance(message, Several):
+                for one in message.messages:
+                    self._on_message(self, one, fds)
+                    fds = []
+            else:
+                self._on_message(self, message, fds)
+            self._on_rest()
 
     def _writable(self) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from moe_forward.errors import ChannelClosed
@@ -32,6 +32,7 @@ from moe_forward.messages import (
     RankHello,
     RankTokens,
     Released,
+    Several,
     Stop,
     TakeConnection,
 )
@@ -231,6 +232,26 @@ def _unpack_rank_tokens(data: memoryview) -> RankTokens:
     return RankTokens(_tuples(json.loads(bytes(data))["tokens"]))
 
 
+def _bundle(packed: Iterable[bytes]) -> bytes:
+    return b"".join(part for one in packed for part in (_COUNT.pack(len(one)), one))
+
+
+def _pack_several(m: Several) -> bytes:
+    return _bundle(map(pack, m.messages))
+
+
+def _unpack_several(data: memoryview) -> Several:
+    messages, at = [], 0
+    while at < len(data):
+        (size,) = _COUNT.unpack_from(data, at)
+        one = data[at + 4 : at + 4 + size]
+        if len(one) < size or one[0] == _CODECS[Several][0]:
+            raise ValueError("a datagram of several messages is cut off, or holds another such")
+        messages.append(unpack(one))
+        at += 4 + size
+    return Several(tuple(messages))
+
+
 def _from_json(kind: type[Any]) -> Callable[[memoryview], Any]:
     return lambda data: kind(**json.loads(bytes(data)))
 
@@ -252,6 +273,7 @@ _CODECS: dict[type[Any], tuple[int, Callable[[Any], bytes], Callable[[memoryview
     DetachSlab: (14, _pack_json, _from_json(DetachSlab)),
     QueueReport: (15, _pack_json, _from_json(QueueReport)),
     Heartbeat: (16, _pack_json, _from_json(Heartbeat)),
+    Several: (17, _pack_several, _unpack_several),
     FrontUp: (32, _pack_json, _from_json(FrontUp)),
     FrontFailed: (33, _pack_json, _from_json(FrontFailed)),
     TakeConnection: (34, _pack_json, _from_json(TakeConnection)),
@@ -269,6 +291,24 @@ def pack(message: Message) -> bytes:
     """Return the datagram for `message`."""
     number, encode, _ = _CODECS[type(message)]
     return bytes((number,)) + encode(message)
+
+
+def pack_together(messages: Iterable[Message], most_bytes: int) -> Iterator[bytes]:
+    """Yield datagrams for messages to one peer, as few as fit into `most_bytes` each (one alone may be longer)."""
+    waiting: list[bytes] = []
+    size = 1
+    for packed in map(pack, messages):
+        if waiting and size + 4 + len(packed) > most_bytes:
+            yield _datagram(waiting)
+            waiting, size = [], 1
+        waiting.append(packed)
+        size += 4 + len(packed)
+    if waiting:
+        yield _datagram(waiting)
+
+
+def _datagram(packed: list[bytes]) -> bytes:
+    return packed[0] if len(packed) == 1 else bytes((_CODECS[Several][0],)) + _bundle(packed)
 
 
 def unpack(data: memoryview) -> Message:

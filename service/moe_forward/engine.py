@@ -1,7 +1,7 @@
 """The engine: one queue, a few steps on their way to all ranks; it touches no tensor bytes and knows nothing of HTTP.
 
 Front ends and ranks connect to its socket. It answers every request it was sent exactly once. Everything runs on one
-asyncio loop; `_pump` is called after each event and is the only place that sends a step.
+asyncio loop; `_pump` is called after each datagram and timer and is the only place that sends a step.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Engine:
         self._held: dict[int, list[ForwardRequest]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._next_step = 0
+        self._unsettled = False  # something came that may let a step go
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept front ends and ranks until cancelled, then hang up on all of them."""
@@ -73,7 +74,7 @@ class Engine:
             while True:
                 sock, _ = await loop.sock_accept(listener)
                 if same_user(sock):
-                    self._channels.add(AsyncChannel(sock, self._on_message, self._on_close))
+                    self._channels.add(AsyncChannel(sock, self._on_message, self._on_close, self._settle))
                 else:
                     log.warning("refused a connection from another user")
                     sock.close()
@@ -93,28 +94,31 @@ class Engine:
     # Events
 
     def _on_message(self, channel: AsyncChannel, message: Message, fds: list[int]) -> None:
-        if isinstance(message, FrontHello) and len(fds) == 1:
-            self._add_front(channel, message, fds)
-        elif isinstance(message, RankHello):
-            self._add_rank(channel, message)
+        if isinstance(message, StepResult | Heartbeat) and channel in self._ranks:
+            self._hear(message)
         elif isinstance(message, ForwardRequest) and channel in self._fronts:
             self._submit(replace(message, front=self._fronts.number(channel)))
         elif isinstance(message, Cancel) and channel in self._fronts:
             self._cancel(self._fronts.number(channel), message.request)
+        elif isinstance(message, FrontHello) and len(fds) == 1:
+            self._add_front(channel, message, fds)
+        elif isinstance(message, RankHello):
+            self._add_rank(channel, message)
         elif isinstance(message, Announce) and channel in self._fronts:
             self._expect(message)
-        elif isinstance(message, StepResult) and channel in self._ranks:
-            self._silence.heard(message.rank)
-            self._collect(message)
-        elif isinstance(message, Heartbeat) and channel in self._ranks:
-            if message.generation == self._status.generation:
-                self._silence.heard(message.rank)
         else:
             log.warning("unexpected %s: hanging up", type(message).__name__)
             self._hang_up_on(channel)
         for fd in fds:
             os.close(fd)
-        self._pump()
+        if not isinstance(message, StepResult | Heartbeat):  # after those only the end of a step changes anything
+            self._unsettled = True
+
+    def _settle(self) -> None:
+        """Look for a step once after all that came together: requests of one datagram go together."""
+        if self._unsettled:
+            self._unsettled = False
+            self._pump()
 
     def _on_close(self, channel: AsyncChannel) -> None:
         self._channels.discard(channel)
@@ -180,8 +184,15 @@ class Engine:
                 f"an answer would take up to {seconds / IN_TIME_PART:.3g} s, more than the {left_seconds:.3g} s left"
             )
             self._refuse_full(request, reason, seconds)
-        elif not self._batcher.add(request, now):
+        elif not self._queue(request, now):
             self._refuse_full(request, "the queue is full", self._batcher.drain_seconds(request.client))
+
+    def _queue(self, request: ForwardRequest, now: float) -> bool:
+        """Queue a request if there is room; what came with it and can go makes some."""
+        if not self._batcher.add(request, now):
+            self._settle()
+            return self._batcher.add(request, now)
+        return True
 
     def _cancel(self, front: int, request: int) -> None:
         queued = self._batcher.cancel(front, request)
@@ -266,12 +277,20 @@ class Engine:
         )
         self._pump()
 
+    def _hear(self, word: StepResult | Heartbeat) -> None:
+        """Take note of a rank's sign of life, and of what it says of a step."""
+        if word.generation == self._status.generation:
+            self._silence.heard(word.rank)
+        if isinstance(word, StepResult):
+            self._collect(word)
+
     def _collect(self, result: StepResult) -> None:
         sent = self._steps.find(result)
         if sent is None:
             return  # a late word of a step that was given up
         if result.error:
             self._lose(f"rank {result.rank} failed: {result.error}", [result.rank])
+            self._pump()
             return
         sent.results[result.rank] = result
         now = time.monotonic()
@@ -283,10 +302,8 @@ class Engine:
         self._batcher.finished(sent.step.layer, sent.tokens, sent.sent_seconds, now - sent.began_seconds, now)
         results = results_of(sent, now, self._status.missing_experts)
         self._pump()  # ranks shall not wait until hundreds of requests are answered
-        for result in results:
-            self._fronts.answer(result)
         waiting = self._waiting()
-        self._fronts.report(report_of(sent, waiting))
+        self._fronts.finish(results, report_of(sent, waiting))
         self._queue_watch.told(waiting)
 
     # Loss of ranks

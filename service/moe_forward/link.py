@@ -82,7 +82,7 @@ class EngineLink:
             return self._lost(request.request, held=False)
         future: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
         self._waiting[request.request] = future
-        self._channel.send(request)
+        self._channel.post(request)
         try:
             return await future
         except asyncio.CancelledError:
@@ -122,7 +122,8 @@ class EngineLink:
         if isinstance(message, ForwardResult):
             self._finish(message)
         elif isinstance(message, StepReport):
-            self.on_report(message)
+            # After the answers that came just before it: counting can wait, clients shall not.
+            asyncio.get_running_loop().call_soon(self.on_report, message)
         elif isinstance(message, QueueReport):
             self.on_queue(message)
         elif isinstance(message, EngineStatus):

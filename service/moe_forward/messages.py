@@ -159,6 +159,13 @@ class FrontSamples:
     samples: tuple[SampleValue, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Several:
+    """Messages to one peer, in order, in one datagram: a system call and a wake-up cost more than all of them."""
+
+    messages: tuple[Message, ...]
+
+
 Message: TypeAlias = (
     ForwardRequest
     | ForwardResult
@@ -185,4 +192,5 @@ Message: TypeAlias = (
     | Stop
     | RankTokens
     | FrontSamples
+    | Several
 )

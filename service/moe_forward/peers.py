@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_forward.channel import AsyncChannel
@@ -96,10 +97,26 @@ class Fronts:
         if front is not None:
             front.channel.send(Released((request.request,)))
 
-    def report(self, report: StepReport | QueueReport) -> None:
-        """Send a finished step, or what waits, to one front end: exported by two, it would be counted twice."""
-        for front in [front for front in self._fronts.values() if front.wants_reports][:1]:
-            front.channel.send(report)
+    def finish(self, results: Iterable[ForwardResult], report: StepReport) -> None:
+        """Tell front ends how the requests of a step ended, each in one message, and one of them of the step."""
+        told: dict[int, list[Message]] = {}
+        for result in results:
+            told.setdefault(result.front, []).append(result)
+        reported = self._reported()
+        if reported is not None:
+            told.setdefault(reported, []).append(report)
+        for number, messages in told.items():
+            if number in self._fronts:
+                self._fronts[number].channel.send_all(messages)
+
+    def report(self, report: QueueReport) -> None:
+        """Send what waits to one front end: exported by two, it would be counted twice."""
+        reported = self._reported()
+        if reported is not None:
+            self._fronts[reported].channel.send(report)
+
+    def _reported(self) -> int | None:
+        return next((number for number, front in self._fronts.items() if front.wants_reports), None)
 
     def tell(self, status: EngineStatus) -> None:
         """Send the engine's status to every front end."""

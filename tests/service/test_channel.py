@@ -89,6 +89,39 @@ async def test_messages_arrive_in_order_both_ways(pair: tuple[socket.socket, soc
     right.close()
 
 
+async def test_messages_sent_together_or_in_one_turn_of_the_loop_come_in_order_in_one_datagram(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    left, _ = watch(pair[0])
+    record, rests = Recorder(), []
+    right = AsyncChannel(pair[1], record.on_message, record.on_close, lambda: rests.append(len(record.messages)))
+    left.send_all([Cancel(1), Cancel(2), Cancel(3)])
+    left.post(Cancel(4))
+    left.post(Cancel(5))
+    await record.until(lambda: len(record.messages) == 5)
+    left.post(Cancel(6))
+    left.send(Cancel(7))  # does not overtake
+    await record.until(lambda: len(record.messages) == 7)
+    assert record.messages == [Cancel(number) for number in range(1, 8)]
+    assert rests == [3, 5, 6, 7]
+    left.post(Cancel(8))
+    left.close()
+    await record.until(lambda: record.closes == 1)
+    assert len(record.messages) == 7
+    right.close()
+
+
+async def test_what_is_too_long_for_one_datagram_goes_in_more(pair: tuple[socket.socket, socket.socket]) -> None:
+    sender, _ = watch(pair[0])
+    receiver, record = watch(pair[1])
+    sent = [long_result(number, 50_000) for number in range(10)]
+    sender.send_all(sent)
+    await record.until(lambda: len(record.messages) == 10)
+    assert record.messages == sent
+    sender.close()
+    receiver.close()
+
+
 async def test_a_descriptor_travels_with_its_message_and_maps_the_same_memory(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_forward.channel import MAX_MESSAGE_BYTES
-from moe_forward.datagrams import pack, unpack
+from moe_forward.datagrams import pack, pack_together, unpack
 from moe_forward.errors import ErrorCode
 from moe_forward.messages import (
     Announce,
@@ -30,6 +30,7 @@ from moe_forward.messages import (
     RankHello,
     RankTokens,
     Released,
+    Several,
     Stop,
     TakeConnection,
 )
@@ -250,6 +251,27 @@ def test_refusal_keeps_code_text_and_retry() -> None:
     assert back == result
     assert isinstance(back, ForwardResult)
     assert back.retry_after_seconds == 0.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(MESSAGES, max_size=6))
+def test_messages_that_travel_together_come_back_in_order(messages: list[Message]) -> None:
+    several = Several(tuple(messages))
+    assert again(several) == several
+    for most_bytes in (1, 300, MAX_MESSAGE_BYTES):
+        back: list[Message] = []
+        for data in pack_together(messages, most_bytes):
+            message = unpack(memoryview(data))
+            assert len(data) <= most_bytes or not isinstance(message, Several)
+            back += message.messages if isinstance(message, Several) else [message]
+        assert back == messages
+
+
+def test_several_messages_that_are_cut_off_or_nested_raise() -> None:
+    packed = pack(Several((Cancel(1), Cancel(2))))
+    for damaged in (packed[:-1], packed[:3], pack(Several((Several(()),)))):
+        with pytest.raises((ValueError, struct.error)):
+            unpack(memoryview(damaged))
 
 
 @pytest.mark.parametrize("kind", [0, 200, 255])

@@ -15,7 +15,7 @@ import uvloop
 from moe_forward.batcher import BatchLimits
 from moe_forward.errors import ErrorCode
 from moe_forward.peers import Fronts
-from moe_forward.types import ForwardResult, Step, StepResult
+from moe_forward.types import ForwardResult, Step, StepReport, StepResult
 
 if TYPE_CHECKING:
     from tests.service.conftest import FakeRank, Front, Pool
@@ -134,13 +134,18 @@ def test_every_request_is_answered_once_whatever_happens(
     make_pool: Callable[[], Pool], run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers: Counter[tuple[int, int]] = Counter()
-    answer = Fronts.answer
+    answer, finish = Fronts.answer, Fronts.finish
 
     def counted(fronts: Fronts, result: ForwardResult) -> None:
         answers[result.front, result.request] += 1
         answer(fronts, result)
 
+    def all_counted(fronts: Fronts, results: list[ForwardResult], report: StepReport) -> None:
+        answers.update((result.front, result.request) for result in results)
+        finish(fronts, results, report)
+
     monkeypatch.setattr(Fronts, "answer", counted)
+    monkeypatch.setattr(Fronts, "finish", all_counted)
 
     async def main() -> None:
         pool = make_pool()
