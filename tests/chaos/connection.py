@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_HEAD_BYTES = 1 << 16
+CROSSED_SECONDS = 0.02
+"""A kept connection that ends so soon after a request was sent, without a byte of a reply, was closed while that was on
+its way: either side may close a connection that rests, and HTTP clients send such a request again (RFC 9112, 9.3.1)."""
 
 
 class Unconnected(Exception):
-    """Nobody took the connection: the request cannot have been received."""
+    """Nobody took the connection, or a kept one was closed before the request came: it cannot have been received."""
 
 
 class Cut(Exception):
@@ -39,7 +43,9 @@ class Connection:
 
         Raises: Unconnected; Cut.
         """
+        kept = self._streams
         reader, writer = await self._connected()
+        sent = time.monotonic()
         try:
             writer.write(head)
             writer.write(body)
@@ -52,6 +58,9 @@ class Connection:
             OSError,
         ) as error:
             self.close()
+            crossed = kept == (reader, writer) and time.monotonic() - sent < CROSSED_SECONDS
+            if crossed and not getattr(error, "partial", b""):
+                raise Unconnected("the kept connection was closed") from error
             raise Cut(f"{type(error).__name__}: {error}") from error
         except BaseException:  # given up in the middle: what follows on it cannot be told from the rest of this reply
             self.close()

@@ -24,8 +24,8 @@ DEADLINE_SECONDS = 15.0
 GRACE_SECONDS = 5.0
 NOTICE_SECONDS = 40.0
 RECOVERY_SECONDS = 120.0
-GONE_SECONDS = 15.0
-"""How long what a killed service started may take to end."""
+GONE_SECONDS = 75.0
+"""How long what a killed service started may take to end: Ray's agents try for a minute to tell a GCS that is gone."""
 POLL_SECONDS = 0.02
 
 

@@ -10,8 +10,8 @@ import torch
 from ...service.whole.forwards import Forward, as_safetensors, post
 from ..scene import Fault, Scene, in_thread
 
-TOKENS = 2048
-"""Of the request that needs more than the rank has left."""
+TOKENS = 8192
+"""Of the request that needs more than the rank has left, also of what its allocator has reserved (64 MiB a thread)."""
 MARGIN_BYTES = 64 << 20
 """Below what it has now: it may be in the middle of a step, and give some back."""
 
