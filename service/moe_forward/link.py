@@ -122,8 +122,7 @@ class EngineLink:
         if isinstance(message, ForwardResult):
             self._finish(message)
         elif isinstance(message, StepReport):
-            # After the answers that came just before it: counting can wait, clients shall not.
-            asyncio.get_running_loop().call_soon(self.on_report, message)
+            self.on_report(message)
         elif isinstance(message, QueueReport):
             self.on_queue(message)
         elif isinstance(message, EngineStatus):
