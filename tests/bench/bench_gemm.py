@@ -21,7 +21,7 @@ from typing import Any
 
 from cases import Case, draw_counts, goal_cases, sweep_cases, weight_copies
 from goals import gemm_verdicts, report
-from ours import Bench, figures
+from ours import WEIGHTS, Bench, figures
 from peers import PEERS, Peers, harness_case
 from sweep import SweepPlan
 from tables import show_floors, show_steps, table, times_faster
@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "gemm.json")
     parser.add_argument("--granularity", choices=("token", "token_group"), nargs="+", default=["token"])
+    parser.add_argument("--weights", choices=WEIGHTS, default="int4", help="the goals and peers are for int4")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--peers", type=Path, help="folder of the peers' harness (run.sh, bench_peers.py)")
     parser.add_argument("--peer-names", nargs="+", default=list(PEERS), help="functions peer_* of the harness")
@@ -109,11 +110,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.sweep and not options.peers:
         parser.error("--sweep: looks for cases that a peer wins, so name the peers' harness with --peers")
+    if options.weights != "int4" and options.peers:
+        parser.error(f"--weights {options.weights}: the peers' weights are int4, so name no peers")
     cases = [case for case in goal_cases() if options.only in case.name]
     if options.floors:
         print(show_floors(cases))
         return
-    head = about_this_run(options.commit)
+    head = {**about_this_run(options.commit), "weights": options.weights}
     print(json.dumps(head))
 
     def save(results: list[dict[str, Any]]) -> None:
@@ -127,7 +130,7 @@ def main() -> None:
         if options.sweep and peers is not None:
             run_sweep(Bench(), options.sweep, peers, save)
         else:
-            run_goals(Bench(), cases, options.granularity, peers, save)
+            run_goals(Bench(options.weights), cases, options.granularity, peers, save)
 
 
 if __name__ == "__main__":

@@ -97,15 +97,15 @@ def draw_counts(case: Case) -> list[int]:
     return found
 
 
-def floor_seconds(counts: Sequence[int], shape: tuple[int, int]) -> float:
+def floor_seconds(counts: Sequence[int], shape: tuple[int, int], weight_bytes: float = WEIGHT_BYTES) -> float:
     """Time below which one GEMM [N, K] of these rows cannot come.
 
-    That is to read the weights of experts that have rows (0.5 + 2/128 bytes a weight) and fp8 tokens and to write bf16
-    results at 4389 GB/s, or the arithmetic at 1515 TFLOP/s where that takes longer; both as measured on an H200.
+    That is to read the weights of experts that have rows (int4: 0.5 + 2/128 bytes each) and fp8 tokens and to write
+    bf16 results at 4389 GB/s, or the arithmetic at 1515 TFLOP/s where that takes longer; both as measured on an H200.
     """
     n, k = shape
     rows, hits = sum(counts), sum(count > 0 for count in counts)
-    traffic = hits * n * k * WEIGHT_BYTES + rows * (k + 4) + rows * n * 2
+    traffic = hits * n * k * weight_bytes + rows * (k + 4) + rows * n * 2
     return max(traffic / READ_BYTES_PER_SECOND, 2 * rows * n * k / FP8_FLOP_PER_SECOND)
 
 

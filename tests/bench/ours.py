@@ -5,33 +5,50 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 from cases import Case, floor_seconds, weight_copies
 from timing import median_seconds
 
-from w4afp8 import Granularity, Quantized, quantize_tokens
+from w4afp8 import Granularity, Quantized, packed, packed_fp8, quantize_tokens
 from w4afp8.gemm import grouped_gemm
-from w4afp8.packed import CODE_BYTES, PackedWeight, blocks_shape
+from w4afp8.packed import TILE_INPUTS, TILE_ROWS, PackedWeight
 from w4afp8.quantize import quantize_tokens_cuda
 
-GROUP = 128
+Weights = Literal["int4", "int4_full_range", "int4_group32", "fp8"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
 
-def random_weight(experts: int, shape: tuple[int, int]) -> PackedWeight:
+def random_weight(experts: int, shape: tuple[int, int], weights: Weights = "int4") -> PackedWeight:
     """Packed weights of random codes and ratios, made where they lie."""
     n, k = shape
-    size = blocks_shape(experts, n, k, 128)
-    blocks = torch.randint(0, 256, size, dtype=torch.uint8, device="cuda")
-    ratios = blocks.view(torch.int16)[..., CODE_BYTES // 2 :]
+    group = 32 if weights == "int4_group32" else TILE_INPUTS
+    if weights == "fp8":
+        size = packed_fp8.blocks_shape(experts, n, k)
+        blocks = torch.randint(0, 127, size, dtype=torch.uint8, device="cuda")  # no NaN
+        blocks += 128 * torch.randint(0, 2, size, dtype=torch.uint8, device="cuda")
+    else:
+        size = packed.blocks_shape(experts, n, k, group)
+        blocks = torch.randint(0, 256, size, dtype=torch.uint8, device="cuda")
+    ratios = blocks.view(torch.int16)[..., -packed.scale_bytes(group) // 2 :]
     ratios.copy_(torch.randint(-0x4000, 0, ratios.shape, device="cuda"))  # 0xC000 to 0xFFFF: 64 to 1024
-    return PackedWeight(blocks, torch.full((experts, size[1] * 128), 2.0**-8, device="cuda"), n, k, GROUP, False)
+    channel_scales = torch.full((experts, size[1] * TILE_ROWS), 2.0**-8, device="cuda")
+    full_range = weights in ("int4_full_range", "int4_group32")
+    return PackedWeight(blocks, channel_scales, n, k, group, full_range, codes="fp8" if weights == "fp8" else "int4")
+
+
+def weight_bytes(weights: Weights) -> float:
+    """Bytes that one weight takes, its share of the scales included."""
+    group = 32 if weights == "int4_group32" else TILE_INPUTS
+    return (1 if weights == "fp8" else 0.5) + 2 / group
 
 
 class Bench:
     """Ours, case by case; keeps the weights of the last shape."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Weights = "int4") -> None:
+        self._kind = weights
         self._held: tuple[object, ...] = ()
         self._weights: list[tuple[PackedWeight, PackedWeight]] = []
 
@@ -66,7 +83,10 @@ class Bench:
         steps: dict[str, Callable[[int], object]] = {"pair": pair}
         if not pair_only:
             steps |= {"gate_up": gate_up, "down": lambda copy: down(copy, hidden), "pair_and_quantize": chain}
-        floors = {"gate_up": floor_seconds(counts, case.gate_up), "down": floor_seconds(counts, case.down)}
+        floors = {
+            "gate_up": floor_seconds(counts, case.gate_up, weight_bytes(self._kind)),
+            "down": floor_seconds(counts, case.down, weight_bytes(self._kind)),
+        }
         floors["pair"] = floors["pair_and_quantize"] = floors["gate_up"] + floors["down"]
         found = {}
         for name, step in steps.items():
@@ -82,7 +102,8 @@ class Bench:
     def _weights_of(self, case: Case, copies: int) -> list[tuple[PackedWeight, PackedWeight]]:
         if self._held != (case.shape, copies):
             self.free()
-            made = [[random_weight(case.experts, shape) for shape in (case.gate_up, case.down)] for _ in range(copies)]
+            shapes = (case.gate_up, case.down)
+            made = [[random_weight(case.experts, shape, self._kind) for shape in shapes] for _ in range(copies)]
             self._weights = [(gate_up, down) for gate_up, down in made]
             self._held = (case.shape, copies)
         return self._weights
