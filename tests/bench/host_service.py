@@ -27,7 +27,7 @@ from moe_forward import checkpoint
 from ..service.whole.forwards import Forward, as_safetensors, post, read_output
 from ..service.whole.running import Service, command
 
-LOADS = ((1, 32), (1, 256), (64, 32), (1024, 8), (4096, 4))
+LOADS = ((1, 1), (64, 1), (1, 32), (1, 256), (64, 32), (1024, 8), (4096, 4))
 """Tokens of a request, and callers."""
 START_SECONDS = 300.0
 POLL_SECONDS = 0.01
