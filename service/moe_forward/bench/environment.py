@@ -19,5 +19,12 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        return "not installed"

@@ -34,4 +34,11 @@ def _address_space_bytes(pid: int) -> int:
     return pages * resource.getpagesize()
 
 
-FAULTS = (Fault("rank-memory", in_thread(no_more_memory), "a rank gets no more memory (RLIMIT_AS)"),)
+FAULTS = (
+    Fault(
+        "rank-memory",
+        in_thread(no_more_memory),
+        "a rank gets no more memory (RLIMIT_AS)",
+        config={"max_request_tokens": TOKENS},
+    ),
+)
