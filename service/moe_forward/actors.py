@@ -6,7 +6,6 @@ Neither touches a tensor. Without torch, which this must not import, they start 
 from __future__ import annotations
 
 import asyncio
-import selectors
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +20,22 @@ from moe_forward.engine import run_engine
 from moe_forward.errors import StartError
 from moe_forward.gateway import Gateway
 from moe_forward.handshake import Address
+from moe_forward.polling import PollingSelector
 
 
 class EngineProcess:
     """What the engine's actor does."""
 
     def run(
-        self, socket_path: Path, limits: BatchLimits, step_timeout_seconds: float, rank_silence_seconds: float
+        self,
+        socket_path: Path,
+        limits: BatchLimits,
+        step_timeout_seconds: float,
+        rank_silence_seconds: float,
+        poll_seconds: float,
     ) -> None:
         """Serve until killed."""
-        # epoll rounds timeouts up to a millisecond, select does not; the engine has few sockets and short waits.
-        loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
+        loop = asyncio.SelectorEventLoop(PollingSelector(poll_seconds))
         serving = run_engine(listen(socket_path), limits, step_timeout_seconds, rank_silence_seconds)
         loop.run_until_complete(serving)
 

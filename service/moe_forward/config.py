@@ -91,6 +91,13 @@ class Config(BaseModel):
     )
     max_step_requests: int = Field(256, ge=1, le=256, description="Requests of one step at most.")
     max_wait_us: int = Field(200, ge=0, le=1_000_000, description="Longest wait for more requests of the same layer.")
+    poll_us: int | None = Field(
+        None,
+        ge=0,
+        le=100_000,
+        description="How long after a message front ends, engine and ranks look for the next before they sleep, each "
+        "on a core of its own; none: 1000 with GPUs, 0 without.",
+    )
     max_steps_in_flight: int = Field(
         2, ge=1, le=4, description="Steps at the ranks at a time, so that the next one is there when one is done."
     )

@@ -76,7 +76,8 @@ async def serve(task: FrontTask, sock: socket.socket) -> None:
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     metrics = Metrics(registry, tracing=task.config.trace_endpoint is not None)
-    link = EngineLink(task.socket_path, Slab(task.config.slab_bytes), wants_reports=False)
+    slab = Slab(task.config.slab_bytes)
+    link = EngineLink(task.socket_path, slab, wants_reports=False, poll_seconds=task.poll_seconds)
     # Steps and the engine's state are counted once, by the service's process.
     reports = Reports(link, task.spec.name, None)
     front = Front(

@@ -18,6 +18,7 @@ class FrontTask:
     number: from 0; a process that takes the place of another has the same. socket_path: of the engine.
     config: what it serves by; `max_connections` is this front end's share.
     admin_token: of POST /v1/drain, or None. draining: an operator has asked to take no more.
+    poll_seconds: see `EngineLink`.
     """
 
     number: int
@@ -26,6 +27,7 @@ class FrontTask:
     socket_path: Path
     admin_token: str | None
     draining: bool
+    poll_seconds: float = 0.0
 
     def to_json(self) -> bytes:
         """Return it as `from_json` reads it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from moe_forward.channel import AsyncChannel, connect
 from moe_forward.errors import ErrorCode
 from moe_forward.messages import Announce, Cancel, FrontHello, FrontWelcome, Message, Released
+from moe_forward.polling import Awake
 from moe_forward.slab import Slab
 from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, QueueReport, StepReport
 
@@ -26,12 +27,14 @@ class EngineLink:
 
     slab: this front end's memory, announced to the engine on every connection.
     wants_reports: False where another front end of the service is told of steps and of the queue.
+    poll_seconds: how long the loop does not sleep after a request or a message (`moe_forward.polling`).
     status: the engine as it last described itself. on_status, on_report: called with each status and finished step.
     on_queue: called with what waits in the engine, after it has changed.
     """
 
-    def __init__(self, socket_path: Path, slab: Slab, wants_reports: bool = True) -> None:
+    def __init__(self, socket_path: Path, slab: Slab, wants_reports: bool = True, poll_seconds: float = 0.0) -> None:
         self.slab = slab
+        self._awake = Awake(poll_seconds)
         self._wants_reports = wants_reports
         self.front = 0
         self.status = EngineStatus()
@@ -83,6 +86,7 @@ class EngineLink:
         future: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
         self._waiting[request.request] = future
         self._channel.post(request)
+        self._awake.touch()
         try:
             return await future
         except asyncio.CancelledError:
@@ -121,6 +125,7 @@ class EngineLink:
             os.close(fd)  # the engine passes none
         if isinstance(message, ForwardResult):
             self._finish(message)
+            self._awake.touch()
         elif isinstance(message, StepReport):
             self.on_report(message)
         elif isinstance(message, QueueReport):

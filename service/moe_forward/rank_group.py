@@ -87,7 +87,8 @@ class Actors:
         path.unlink(missing_ok=True)
         self._engine = EngineActor.options(name=f"engine-{generation}", scheduling_strategy=this_node()).remote()
         rank = self._setup.rank
-        run = self._engine.run.remote(path, self._setup.limits, rank.step_timeout_seconds, rank.rank_silence_seconds)
+        times = (rank.step_timeout_seconds, rank.rank_silence_seconds, rank.poll_seconds)
+        run = self._engine.run.remote(path, self._setup.limits, *times)
         self._runs = {ENGINE: asyncio.wrap_future(run.future())}
 
     def start_ranks(

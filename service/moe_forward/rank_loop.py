@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_forward.channel import BlockingChannel
 from moe_forward.errors import ChannelClosed
 from moe_forward.messages import AttachSlab, DetachSlab, Message
+from moe_forward.polling import poll_until
 from moe_forward.remote_channel import RemoteChannel
 from moe_forward.slab_rows import attach, detach, wait
 from moe_forward.types import Step, StepResult
@@ -46,13 +47,19 @@ class StepRank(Protocol):
 
 
 class RankLoop:
-    """Serves one engine. channel: to it. rank: does the steps. number: of the rank. device: where it computes."""
+    """Serves one engine. channel: to it. rank: does the steps. number: of the rank. device: where it computes.
 
-    def __init__(self, channel: Channel, rank: StepRank, number: int, device: torch.device) -> None:
+    poll_seconds: how long to look for a message before sleeping (`moe_forward.polling`).
+    """
+
+    def __init__(
+        self, channel: Channel, rank: StepRank, number: int, device: torch.device, poll_seconds: float = 0.0
+    ) -> None:
         self._channel = channel
         self._rank = rank
         self._number = number
         self._device = device
+        self._poll_seconds = poll_seconds
         self._slabs: dict[int, Tensor] = {}
         self._launched: deque[tuple[Step, LaunchedStep]] = deque()
 
@@ -105,6 +112,8 @@ class RankLoop:
                 self._finish()
             elif self._channel.ready():
                 break
+        else:
+            poll_until(self._channel.ready, self._poll_seconds)
         return self._channel.receive()
 
     def _finish(self) -> None:

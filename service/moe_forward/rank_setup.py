@@ -43,6 +43,7 @@ class RankSetup:
     host: this host's address towards the other ranks. gateway: where to reach an engine of another host.
     missing: ids of experts that nobody in the group holds.
     rank_silence_seconds: after which the engine takes a rank for lost that sends no heartbeat.
+    poll_seconds: how long engine and ranks look for a message before they sleep.
     """
 
     rank: int
@@ -68,6 +69,7 @@ class RankSetup:
     gateway: Address | None = None
     missing: tuple[int, ...] = ()
     rank_silence_seconds: float = 10.0
+    poll_seconds: float = 0.0
 
     @property
     def experts_held(self) -> tuple[int, ...]:

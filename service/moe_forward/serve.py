@@ -35,6 +35,9 @@ from moe_forward.types import EngineStatus, ModelSpec
 
 log = logging.getLogger(__name__)
 
+DEFAULT_POLL_US = {"cpu": 0, "cuda": 1000}
+"""A host with GPUs has cores to spare; ranks on CPUs want every one."""
+
 
 def serve(config: Config, runtime_folder: Path) -> None:
     """Serve until SIGTERM or SIGINT.
@@ -94,11 +97,11 @@ async def _serve(
     # After Ray: it forks to start its processes, and a front end's tracer has a thread.
     path = setup.rank.socket_path
     if merged is None:
-        link = EngineLink(path, Slab(config.slab_bytes))
+        link = EngineLink(path, Slab(config.slab_bytes), poll_seconds=setup.rank.poll_seconds)
         fronts: Front | Fronts = Front(config, spec, link, metrics, admin_token, load_tls(config), [listener])
     else:
         log.info("%d front ends with %.2f GB of shared memory each", config.frontends, config.slab_bytes / 1e9)
-        what = FrontTask(0, config, spec, path, admin_token, draining=False)
+        what = FrontTask(0, config, spec, path, admin_token, False, setup.rank.poll_seconds)
         fronts = Fronts(what, config.frontends, listener, metrics, merged)
     supervisor = Supervisor(setup, fronts.link)
     _also_tell(fronts.link, supervisor)
@@ -181,6 +184,7 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         start_timeout_seconds=config.start_timeout_seconds,
         expert_metrics=config.expert_metrics,
         on_load_scales=config.on_load_scales,
+        poll_seconds=1e-6 * (DEFAULT_POLL_US[device] if config.poll_us is None else config.poll_us),
     )
     limits = BatchLimits(
         config.max_step_tokens,

@@ -1,9 +1,9 @@
 """What bench_service.py starts beside its client: a plain echo, and the service's own front end and engine.
 
     python bench_front.py echo PORT
-    python bench_front.py engine ENGINE_SOCKET MAX_WAIT_US
-    python bench_front.py front PORT ENGINE_SOCKET RANKS [STAGES_JSON]
-    python bench_front.py asgi PORT ENGINE_SOCKET RANKS
+    python bench_front.py engine ENGINE_SOCKET MAX_WAIT_US POLL_US
+    python bench_front.py front PORT ENGINE_SOCKET RANKS POLL_US [STAGES_JSON]
+    python bench_front.py asgi PORT ENGINE_SOCKET RANKS POLL_US
 
 The front end is the service's, with its log written to standard error as in production; no Ray, no supervisor. `asgi`
 is the same front end with bodies and replies as ASGI messages, as under any other server.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import selectors
 import signal
 import sys
 from collections.abc import Coroutine, Iterator
@@ -34,6 +33,7 @@ from moe_forward.engine import run_engine
 from moe_forward.link import EngineLink
 from moe_forward.messages import Announce
 from moe_forward.metrics import Metrics
+from moe_forward.polling import PollingSelector
 from moe_forward.slab import Slab
 from moe_forward.types import GateSpec, ModelSpec
 
@@ -64,7 +64,7 @@ def serve_echo(port: int) -> None:
     uvicorn.Server(settings).run()
 
 
-def serve_engine(path: Path, max_wait_us: int) -> None:
+def serve_engine(path: Path, max_wait_us: int, poll_us: int) -> None:
     """Run the engine as the service's actor does."""
     config = Config()
     limits = BatchLimits(
@@ -74,11 +74,13 @@ def serve_engine(path: Path, max_wait_us: int) -> None:
         max_queue_requests=config.max_queue_requests,
         max_queue_tokens=config.max_queue_tokens,
     )
-    loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
+    loop = asyncio.SelectorEventLoop(PollingSelector(poll_us * 1e-6))
     loop.run_until_complete(run_engine(listen(path), limits, config.step_timeout_seconds))
 
 
-def serve_front(port: int, path: Path, ranks: int, stages: Path | None = None, direct: bool = True) -> None:
+def serve_front(
+    port: int, path: Path, ranks: int, poll_us: int, stages: Path | None = None, direct: bool = True
+) -> None:
     """Serve HTTP over the engine at `path`, whose ranks are `ranks` echoes.
 
     stages: write the moments of all requests here at the end. direct: bytes go between socket and slab.
@@ -86,7 +88,7 @@ def serve_front(port: int, path: Path, ranks: int, stages: Path | None = None, d
     config = Config(port=port, slab_bytes=256 << 20)
     logs.configure(config.log_level, config.log_format)
     recorder = None if stages is None else Stages()
-    uvloop.run(_front(config, path, ranks, direct))
+    uvloop.run(_front(config, path, ranks, poll_us, direct))
     if recorder is not None and stages is not None:
         recorder.write(stages)
 
@@ -99,9 +101,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _front(config: Config, path: Path, ranks: int, direct: bool) -> Coroutine[Any, Any, None]:
+def _front(config: Config, path: Path, ranks: int, poll_us: int, direct: bool) -> Coroutine[Any, Any, None]:
     async def serve() -> None:
-        link = EngineLink(path, Slab(config.slab_bytes))
+        link = EngineLink(path, Slab(config.slab_bytes), poll_seconds=poll_us * 1e-6)
         app = create_app(config, SPEC, link, Metrics(CollectorRegistry()), None)
         link.announce(Announce(1, ranks, 0))
         link.start()
@@ -120,8 +122,8 @@ if __name__ == "__main__":
     if what == "echo":
         serve_echo(int(given[0]))
     elif what == "engine":
-        serve_engine(Path(given[0]), int(given[1]))
+        serve_engine(Path(given[0]), *map(int, given[1:]))
     elif what == "asgi":
-        serve_front(int(given[0]), Path(given[1]), int(given[2]), direct=False)
+        serve_front(int(given[0]), Path(given[1]), *map(int, given[2:]), direct=False)
     else:
-        serve_front(int(given[0]), Path(given[1]), int(given[2]), *map(Path, given[3:]))
+        serve_front(int(given[0]), Path(given[1]), *map(int, given[2:4]), *map(Path, given[4:]))

@@ -72,7 +72,7 @@ class Served(NamedTuple):
         return list(map(int, children)) if self.frontends > 1 else [self.pid]
 
 
-def serve(port: int, path: Path, ranks: int, frontends: int) -> None:
+def serve(port: int, path: Path, ranks: int, frontends: int, poll_us: int) -> None:
     """Serve HTTP over the engine at `path`, as `moe-forward serve --frontends` does; without Ray and supervisor."""
     config = Config(port=port, slab_bytes=SLAB_BYTES, frontends=frontends, log_level="warning")
     logs.configure(config.log_level, config.log_format)
@@ -82,10 +82,10 @@ def serve(port: int, path: Path, ranks: int, frontends: int) -> None:
         metrics = Metrics(registry)
         listener = socket.create_server(("127.0.0.1", port), backlog=2048)
         if frontends == 1:
-            link = EngineLink(path, Slab(SLAB_BYTES))
+            link = EngineLink(path, Slab(SLAB_BYTES), poll_seconds=poll_us * 1e-6)
             fronts: Front | Fronts = Front(config, SPEC, link, metrics, None, None, [listener])
         else:
-            task = FrontTask(0, config, SPEC, path, None, draining=False)
+            task = FrontTask(0, config, SPEC, path, None, False, poll_us * 1e-6)
             fronts = Fronts(task, frontends, listener, metrics, MergedSamples(registry))
         fronts.link.announce(Announce(1, ranks, 0))
         stopped = asyncio.Event()
@@ -101,7 +101,9 @@ def serve(port: int, path: Path, ranks: int, frontends: int) -> None:
 
 
 @contextlib.contextmanager
-def running(numbers: Sequence[int], ranks: int, max_wait_us: int) -> Iterator[tuple[list[Served], dict[str, int]]]:
+def running(
+    numbers: Sequence[int], ranks: int, max_wait_us: int, poll_us: int
+) -> Iterator[tuple[list[Served], dict[str, int]]]:
     """Start an engine, its ranks and front ends; yields the front ends, and the other processes by what they are."""
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(prefix="moe-") as folder:
         log = stack.enter_context((Path(folder) / "log").open("w"))
@@ -112,15 +114,16 @@ def running(numbers: Sequence[int], ranks: int, max_wait_us: int) -> Iterator[tu
             return process.pid
 
         path = Path(folder) / "engine.sock"
-        others = {"engine": start("bench_front.py", "engine", path, max_wait_us)}
+        others = {"engine": start("bench_front.py", "engine", path, max_wait_us, poll_us)}
         found = []
         for number in numbers:
             port = _free_port()
-            found.append(Served(number, port, start("bench_frontends.py", "--serve", port, path, ranks, number)))
+            pid = start("bench_frontends.py", "--serve", port, path, ranks, number, poll_us)
+            found.append(Served(number, port, pid))
         for served in found:
             _until(lambda served=served: _listens(served.port), "listen", Path(folder) / "log")
         for rank in range(ranks):  # an echo looks for its engine for a while only
-            others[f"rank {rank}"] = start("echo_ranks.py", path, rank, ranks, NUM_EXPERTS)
+            others[f"rank {rank}"] = start("echo_ranks.py", path, rank, ranks, NUM_EXPERTS, poll_us)
         for served in found:
             _until(lambda served=served: _all_answer(served), "answer", Path(folder) / "log")
         yield found, others
@@ -188,8 +191,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Read the command line, measure, print and write."""
     if sys.argv[1:2] == ["--serve"]:
-        port, path, ranks, frontends = sys.argv[2:6]
-        serve(int(port), Path(path), int(ranks), int(frontends))
+        port, path, *numbers = sys.argv[2:7]
+        serve(int(port), Path(path), *map(int, numbers))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write every round here")
@@ -201,9 +204,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement")
     parser.add_argument("--ranks", type=int, default=1, help="echo ranks; each is one more process")
     parser.add_argument("--max-wait-us", type=int, default=0, help="the engine's max_wait_us")
+    parser.add_argument("--poll-us", type=int, default=0, help="poll_us of all processes")
     parser.add_argument("--commit", help="what is measured, where this is no git checkout")
     given = parser.parse_args()
-    with running(given.frontends, given.ranks, given.max_wait_us) as (found, others):
+    with running(given.frontends, given.ranks, given.max_wait_us, given.poll_us) as (found, others):
         results = run_rounds(given, found, others)
     print(table(results))
     if given.json is not None:

@@ -71,14 +71,16 @@ def servers(
     asgi: bool = False,
     ray_serve: str | None = None,
     echo: bool = True,
+    poll_us: Sequence[int] = (0,),
 ) -> Iterator[dict[str, Server]]:
     """Start every server; they are ended when the block ends.
 
     stages: see `bench_front.serve_front`. asgi: a second front end on the same engine, without the direct way.
     ray_serve: see the module. echo: whether there is one.
+    poll_us: one service for each; the first is `service`, the others say theirs.
     """
     with contextlib.ExitStack() as running, tempfile.TemporaryDirectory(prefix="moe-") as folder:
-        log_path, path = Path(folder) / "log", str(Path(folder) / "engine.sock")
+        log_path = Path(folder) / "log"
         log = running.enter_context(log_path.open("w"))
 
         def start(*command: object, python: str = sys.executable) -> int:
@@ -86,20 +88,27 @@ def servers(
             running.callback(_end, process)
             return process.pid
 
-        ports = [_free_port() for _ in range(4)]
+        def serve(name: str, number: int, us: int, kind: str = "front", *further: object) -> None:
+            path, port = Path(folder) / f"engine{number}.sock", _free_port()
+            engine = start("bench_front.py", "engine", path, max_wait_us, us)
+            front = start("bench_front.py", kind, port, path, ranks, us, *further)
+            pids = {"front end": front}
+            for rank in range(ranks):
+                pids[f"rank {rank}"] = start("echo_ranks.py", path, rank, ranks, NUM_EXPERTS, us)
+            found[name] = Server(port, {**pids, "engine": engine})
+
         found: dict[str, Server] = {}
         if echo:
-            found["echo"] = Server(ports[0], {"echo": start("bench_front.py", "echo", ports[0])})
-        engine = start("bench_front.py", "engine", path, max_wait_us)
-        front = start("bench_front.py", "front", ports[1], path, ranks, *([] if stages is None else [stages]))
-        behind = {f"rank {rank}": start("echo_ranks.py", path, rank, ranks, NUM_EXPERTS) for rank in range(ranks)}
-        behind["engine"] = engine
-        found["service"] = Server(ports[1], {"front end": front, **behind})
+            port = _free_port()
+            found["echo"] = Server(port, {"echo": start("bench_front.py", "echo", port)})
+        for number, us in enumerate(poll_us):
+            name = f"service polling {us} us" if number else "service"
+            serve(name, number, us, "front", *([] if stages is None else [stages]))
         if asgi:
-            front = start("bench_front.py", "asgi", ports[2], path, ranks)
-            found["service by ASGI"] = Server(ports[2], {"front end": front, **behind})
+            serve("service by ASGI", len(poll_us), poll_us[0], "asgi")
         if ray_serve is not None:
-            found["Ray Serve"] = Server(ports[3], {"driver": start("ray_serve_echo.py", ports[3], python=ray_serve)})
+            port = _free_port()
+            found["Ray Serve"] = Server(port, {"driver": start("ray_serve_echo.py", port, python=ray_serve)})
         for name, server in found.items():
             try:
                 _until_it_answers(server.port)
@@ -238,11 +247,11 @@ def _copy_seconds(nbytes: int) -> float:
     return (os.times().user - before) / COPIES
 
 
-def show_stages(tokens: int, requests: int) -> str:
+def show_stages(tokens: int, requests: int, poll_us: int) -> str:
     """Stages of requests sent one at a time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stages.json"
-        with servers(stages=path, echo=False) as found:
+        with servers(stages=path, echo=False, poll_us=[poll_us]) as found:
             _client(found["service"], Case(tokens, 1), "0", "--requests", str(requests))
         return stage_table(json.loads(path.read_text())[requests // 10 :])
 
@@ -255,6 +264,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
     parser.add_argument("--ranks", type=int, default=1, help="echo ranks; each is one more process")
     parser.add_argument("--max-wait-us", type=int, default=0, help="the engine's max_wait_us")
+    parser.add_argument("--poll-us", type=int, nargs="+", default=[0], help="of all processes; a service each")
     parser.add_argument("--requests", type=int, help="send so many requests instead, and show memory before and after")
     parser.add_argument("--asgi", action="store_true", help="measure the service without the direct way, too")
     parser.add_argument("--ray-serve", metavar="PYTHON", help="interpreter that has ray[serve]")
@@ -264,13 +274,13 @@ def main() -> None:
     given = parser.parse_args()
     if given.stages:
         for case in CASES[::2]:
-            print(f"{case}\n{show_stages(case.tokens, 4000)}\n")
+            print(f"{case}\n{show_stages(case.tokens, 4000, given.poll_us[0])}\n")
         return
     if given.copies:
         with servers(asgi=True) as found:
             print(count_copies(found, 20))
         return
-    with servers(given.ranks, given.max_wait_us, None, given.asgi, given.ray_serve) as found:
+    with servers(given.ranks, given.max_wait_us, None, given.asgi, given.ray_serve, poll_us=given.poll_us) as found:
         if given.requests is not None:
             results: list[dict[str, Any]] = watch_memory(found["service"], given.requests)
             for row in results:

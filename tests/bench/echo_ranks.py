@@ -1,6 +1,6 @@
 """Ranks that copy their rows of hidden states to the output: what is left of a step when experts cost nothing.
 
-    python echo_ranks.py ENGINE_SOCKET RANK RANKS NUM_EXPERTS
+    python echo_ranks.py ENGINE_SOCKET RANK RANKS NUM_EXPERTS POLL_US
 
 A rank speaks the service's own channel and maps the front ends' slabs, without torch: the copy is the one that a rank
 of the service needs too, on the host or by DMA.
@@ -17,13 +17,14 @@ from pathlib import Path
 from moe_forward.channel import BlockingChannel, connect
 from moe_forward.errors import ChannelClosed
 from moe_forward.messages import AttachSlab, DetachSlab, Message, RankHello
+from moe_forward.polling import poll_until
 from moe_forward.slab import map_slab
 from moe_forward.types import RankInfo, Step, StepResult, token_range
 
 JOIN_SECONDS = 30.0
 
 
-def main(path: Path, rank: int, ranks: int, num_experts: int) -> None:
+def main(path: Path, rank: int, ranks: int, num_experts: int, poll_us: int) -> None:
     """Serve steps until the engine hangs up."""
     channel, message, fds = _meet(path, rank, ranks, num_experts)
     slabs: dict[int, tuple[memoryview, mmap.mmap]] = {}
@@ -38,6 +39,7 @@ def main(path: Path, rank: int, ranks: int, num_experts: int) -> None:
                 slabs.pop(message.front, None)
             for fd in fds:
                 os.close(fd)
+            poll_until(channel.ready, poll_us * 1e-6)
             message, fds = channel.receive()
     except ChannelClosed:
         return
@@ -76,4 +78,4 @@ def _copy(step: Step, rank: int, ranks: int, slabs: dict[int, tuple[memoryview, 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:6]))
