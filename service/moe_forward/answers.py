@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from moe_forward.errors import ErrorCode
 from moe_forward.steps import Sent
 from moe_forward.types import ForwardResult, QueueReport, StepReport
@@ -31,7 +29,7 @@ def results_of(step: Sent, ended_seconds: float, missing_experts: int) -> list[F
             missing_experts=missing_experts,
         )
         if index in non_finite:
-            result = replace(result, code=ErrorCode.NON_FINITE, message=NON_FINITE)
+            result = result._replace(code=ErrorCode.NON_FINITE, message=NON_FINITE)
         results.append(result)
     return results
 

@@ -169,8 +169,12 @@ class AsyncChannel:
 
         fd: a descriptor to pass along; a copy is kept until it is sent, so the caller may close its own.
         """
+        self.send_packed(pack(message), fd)
+
+    def send_packed(self, data: bytes, fd: int | None = None) -> None:
+        """Send a message that was packed once for several peers, as `send` does."""
         self._send_posted()
-        self._put(pack(message), fd)
+        self._put(data, fd)
 
     def send_all(self, messages: Iterable[Message]) -> None:
         """Send messages together, in order, as `send` would one by one."""

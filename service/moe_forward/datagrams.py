@@ -51,38 +51,45 @@ from moe_forward.types import (
     TensorRef,
 )
 
-_REF = struct.Struct("<QBI")
-_NO_REF = _REF.pack(0, 255, 0)
-_REQUEST = struct.Struct("<IQiIdBBQ")
-_REQUEST_BYTES = _REQUEST.size + 5 * _REF.size
+_REF = "QBI"
+_NO_REF = (0, 255, 0)
+_REQUEST = struct.Struct(f"<IQiIdBBQ{5 * _REF}")
+_DTYPES = tuple(DType)
+_ROUTINGS = tuple(Routing)
 _RESULT = struct.Struct("<IQidddII?qIII")
 _STEP = struct.Struct("<QIi")
 _STEP_RESULT = struct.Struct(f"<QII?{len(PHASES)}dQQQQIII")
 _UNTIMED = (0.0,) * len(PHASES)
 _REPORT = struct.Struct("<iIIII")
+_QUEUE = struct.Struct("<II")
 _COUNT = struct.Struct("<I")
 
 
-def _pack_ref(ref: TensorRef | None) -> bytes:
-    return _NO_REF if ref is None else _REF.pack(ref.offset, ref.dtype, ref.columns)
-
-
-def _unpack_ref(data: memoryview, at: int) -> TensorRef | None:
-    offset, dtype, columns = _REF.unpack_from(data, at)
-    return None if dtype == 255 else TensorRef(offset, DType(dtype), columns)
-
-
 def _pack_request(m: ForwardRequest) -> bytes:
-    head = _REQUEST.pack(
-        m.front, m.request, m.layer, m.tokens, m.deadline_seconds, m.shared_experts, m.routing, m.client
+    return _REQUEST.pack(
+        m.front,
+        m.request,
+        m.layer,
+        m.tokens,
+        m.deadline_seconds,
+        m.shared_experts,
+        m.routing,
+        m.client,
+        *m.hidden,
+        *(m.hidden_scales or _NO_REF),
+        *(m.chosen or _NO_REF),
+        *(m.weights or _NO_REF),
+        *m.output,
     )
-    return head + b"".join(_pack_ref(ref) for ref in (m.hidden, m.hidden_scales, m.chosen, m.weights, m.output))
+
+
+def _ref(offset: int, dtype: int, columns: int) -> TensorRef | None:
+    return None if dtype == 255 else TensorRef(offset, _DTYPES[dtype], columns)
 
 
 def _unpack_request(data: memoryview, at: int = 0) -> ForwardRequest:
-    front, request, layer, tokens, deadline, shared, routing, client = _REQUEST.unpack_from(data, at)
-    refs = [_unpack_ref(data, at + _REQUEST.size + index * _REF.size) for index in range(5)]
-    hidden, scales, chosen, weights, output = refs
+    front, request, layer, tokens, deadline, shared, routing, client, *refs = _REQUEST.unpack_from(data, at)
+    hidden, output = _ref(*refs[:3]), _ref(*refs[12:])
     if hidden is None or output is None:
         raise ValueError("a request names neither its input nor its output")
     return ForwardRequest(
@@ -93,10 +100,10 @@ def _unpack_request(data: memoryview, at: int = 0) -> ForwardRequest:
         deadline,
         bool(shared),
         hidden,
-        scales,
-        Routing(routing),
-        chosen,
-        weights,
+        _ref(*refs[3:6]),
+        _ROUTINGS[routing],
+        _ref(*refs[6:9]),
+        _ref(*refs[9:12]),
         output,
         client,
     )
@@ -135,7 +142,7 @@ def _pack_step(m: Step) -> bytes:
 
 def _unpack_step(data: memoryview) -> Step:
     step, generation, layer = _STEP.unpack_from(data)
-    starts = range(_STEP.size, len(data), _REQUEST_BYTES)
+    starts = range(_STEP.size, len(data), _REQUEST.size)
     return Step(step, generation, layer, tuple(_unpack_request(data, at) for at in starts))
 
 
@@ -185,6 +192,14 @@ def _unpack_report(data: memoryview) -> StepReport:
         at += 4 + size
     layer, tokens, requests, queue_requests, queue_tokens = _REPORT.unpack_from(data)
     return StepReport(layer, tokens, requests, queue_requests, queue_tokens, tuple(results))
+
+
+def _pack_queue(m: QueueReport) -> bytes:
+    return _QUEUE.pack(m.requests, m.tokens)
+
+
+def _unpack_queue(data: memoryview) -> QueueReport:
+    return QueueReport(*_QUEUE.unpack(data))
 
 
 def _pack_json(message: Any) -> bytes:
@@ -271,7 +286,7 @@ _CODECS: dict[type[Any], tuple[int, Callable[[Any], bytes], Callable[[memoryview
     RankHello: (12, _pack_json, _unpack_rank_hello),
     AttachSlab: (13, _pack_json, _from_json(AttachSlab)),
     DetachSlab: (14, _pack_json, _from_json(DetachSlab)),
-    QueueReport: (15, _pack_json, _from_json(QueueReport)),
+    QueueReport: (15, _pack_queue, _unpack_queue),
     Heartbeat: (16, _pack_json, _from_json(Heartbeat)),
     Several: (17, _pack_several, _unpack_several),
     FrontUp: (32, _pack_json, _from_json(FrontUp)),

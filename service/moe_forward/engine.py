@@ -97,7 +97,7 @@ class Engine:
         if isinstance(message, StepResult | Heartbeat) and channel in self._ranks:
             self._hear(message)
         elif isinstance(message, ForwardRequest) and channel in self._fronts:
-            self._submit(replace(message, front=self._fronts.number(channel)))
+            self._submit(message._replace(front=self._fronts.number(channel)))
         elif isinstance(message, Cancel) and channel in self._fronts:
             self._cancel(self._fronts.number(channel), message.request)
         elif isinstance(message, FrontHello) and len(fds) == 1:
@@ -301,10 +301,13 @@ class Engine:
     def _finish(self, sent: Sent, now: float) -> None:
         self._batcher.finished(sent.step.layer, sent.tokens, sent.sent_seconds, now - sent.began_seconds, now)
         results = results_of(sent, now, self._status.missing_experts)
-        self._pump()  # ranks shall not wait until hundreds of requests are answered
+        if self._batcher.requests:
+            self._pump()  # ranks shall not wait until hundreds of requests are answered
         waiting = self._waiting()
         self._fronts.finish(results, report_of(sent, waiting))
         self._queue_watch.told(waiting)
+        if not waiting.requests:
+            self._pump()
 
     # Loss of ranks
 

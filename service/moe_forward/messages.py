@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from moe_forward.types import (
     EngineStatus,
@@ -159,8 +159,7 @@ class FrontSamples:
     samples: tuple[SampleValue, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Several:
+class Several(NamedTuple):
     """Messages to one peer, in order, in one datagram: a system call and a wake-up cost more than all of them."""
 
     messages: tuple[Message, ...]

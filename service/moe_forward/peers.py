@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_forward.channel import AsyncChannel
+from moe_forward.datagrams import pack
 from moe_forward.messages import AttachSlab, DetachSlab, FrontHello, FrontWelcome, Message, Released
 from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, QueueReport, StepReport
 
@@ -34,9 +35,10 @@ class Ranks:
 
     def send(self, message: Message, fd: int | None = None, generation: int | None = None) -> None:
         """Send to every rank, or to those of one generation."""
+        data = pack(message)
         for channel, (other, _) in self._members.items():
             if generation is None or other == generation:
-                channel.send(message, fd)
+                channel.send_packed(data, fd)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import asyncio
 import selectors
 import time
 from collections.abc import Callable
-from typing import Any
 
 
 class PollingSelector(selectors.SelectSelector):
@@ -48,7 +47,6 @@ class Awake:
         self._poll_seconds = poll_seconds
         self._until = 0.0
         self._turning = False
-        self._call_soon: Callable[..., Any] = asyncio.get_running_loop().call_soon
 
     def touch(self) -> None:
         """Something came, or was asked for."""
@@ -56,11 +54,11 @@ class Awake:
             self._until = time.perf_counter() + self._poll_seconds
             if not self._turning:
                 self._turning = True
-                self._call_soon(self._turn)
+                self._turn(asyncio.get_running_loop())
 
-    def _turn(self) -> None:
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         if time.perf_counter() < self._until:
-            self._call_soon(self._turn)  # a loop with something to call looks at its sockets without waiting
+            loop.call_soon(self._turn, loop)  # a loop with something to call looks at its sockets without waiting
         else:
             self._turning = False
 

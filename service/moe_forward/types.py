@@ -1,13 +1,15 @@
 """The nouns that travel between the front end, the engine and the ranks.
 
+What is made for every request is a NamedTuple: of a dozen fields, it is made in a tenth of a frozen dataclass' time.
+
 Dimensions everywhere: T tokens, H hidden, I intermediate, E experts, K top-k.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 GateKind = Literal["deepseek_v3", "softmax"]
 ActivationScale = Literal["token", "token_group"]
@@ -84,8 +86,7 @@ class Routing(enum.IntEnum):
     LOGITS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(NamedTuple):
     """A row-major tensor [tokens, columns] inside a front end's slab.
 
     offset: bytes from the start of the slab (any alignment).
@@ -97,8 +98,7 @@ class TensorRef:
     columns: int
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardRequest:
+class ForwardRequest(NamedTuple):
     """One request as the engine and the ranks see it; its bytes stay in the slab of front end `front`.
 
     front: front end that owns the slab. request: that front end's id, never reused.
@@ -128,8 +128,7 @@ class ForwardRequest:
     client: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One collective forward of one layer over all ranks.
 
     step: number, ascending. generation: the rank group it was made for; replies of another generation are dropped.
@@ -147,8 +146,7 @@ class Step:
         return sum(request.tokens for request in self.requests)
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What one rank reports of one step.
 
     phase_seconds: one figure for each of `PHASES`; empty where this rank did not time the step (GPU ranks time one in
@@ -231,8 +229,7 @@ class EngineStatus:
         return len(self.missing)
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardResult:
+class ForwardResult(NamedTuple):
     """How a request ended, as the engine tells its front end.
 
     code: None when the output is in the slab, else why not, with `message` and `retry_after_seconds`.
@@ -260,8 +257,7 @@ class ForwardResult:
     missing_experts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StepReport:
+class StepReport(NamedTuple):
     """One finished step, for the metrics of one front end: the results of all ranks, and the queue behind it."""
 
     layer: int
@@ -269,11 +265,10 @@ class StepReport:
     requests: int
     queue_requests: int
     queue_tokens: int
-    results: tuple[StepResult, ...] = field(default=())
+    results: tuple[StepResult, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class QueueReport:
+class QueueReport(NamedTuple):
     """What waits in the engine's queue now, for the metrics of one front end; told after it has changed."""
 
     requests: int

@@ -143,7 +143,7 @@ class Traffic:
     def again(self, sent: Sent) -> Sent:
         """The same request with another place for its output."""
         output = self.desk.reserve(sent.request.tokens, self.shape.hidden, sent.request.output.dtype)
-        return replace(sent, request=replace(sent.request, output=output))
+        return replace(sent, request=sent.request._replace(output=output))
 
     def step(self, *sent: Sent) -> int:
         """Add a step of these requests; returns its number."""

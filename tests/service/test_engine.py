@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -276,7 +275,7 @@ async def test_a_front_end_cannot_speak_for_another(pool: Pool) -> None:
     front = await pool.start(None)
     other = await pool.add_front()
     request = front.request()
-    forged = replace(request, front=other.link.front)
+    forged = request._replace(front=other.link.front)
     assert (await front.forward(forged)).code is None
     assert front.is_doubled(request)
 

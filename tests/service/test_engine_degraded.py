@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def lacks(rank: FakeRank, step: Step) -> StepResult:
     """Lose a route more on rank 1 for each request; of a single request, none on rank 0."""
     counts = tuple(index * 10 + rank.rank for index in range(len(step.requests)))
-    return replace(rank.work(step), missing_routes=counts if any(counts) else ())
+    return rank.work(step)._replace(missing_routes=counts if any(counts) else ())
 
 
 async def test_what_ranks_lost_is_added_up_for_each_request(pool: Pool, gate: Gate) -> None:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -224,8 +223,8 @@ async def test_what_no_rank_would_say_loses_the_rank_and_touches_no_slab(pool: P
                 raw.detach()
         else:
             wrong = {
-                "of another step": replace(result, step=step.step + 1),
-                "of another rank": replace(result, rank=0),
+                "of another step": result._replace(step=step.step + 1),
+                "of another rank": result._replace(rank=0),
                 "a message": DetachSlab(0),
             }
             peer.send(wrong[says])
@@ -266,8 +265,8 @@ def test_a_gateway_that_names_memory_that_is_not_there_is_hung_up_on() -> None:
     peer = FramedSocket(sock)
     peer.send(AttachSlab(0, 4096))
     front = Front(Path())
-    request = replace(front.request(4), front=0)
-    far = replace(request, hidden=replace(request.hidden, offset=4090))
+    request = front.request(4)._replace(front=0)
+    far = request._replace(hidden=request.hidden._replace(offset=4090))
     peer.send(Step(0, 1, 3, (far,)))
     message, (fd,) = channel.receive()
     socket.close(fd)

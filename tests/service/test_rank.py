@@ -140,7 +140,7 @@ class Desk(LaidOut):
     def again(self, sent: Sent) -> Sent:
         """The same request with another place for its output."""
         output = self.reserve(sent.request.tokens, H, sent.request.output.dtype)
-        return replace(sent, request=replace(sent.request, output=output))
+        return replace(sent, request=sent.request._replace(output=output))
 
     def output(self, sent: Sent) -> torch.Tensor:
         ref, rows = sent.request.output, sent.request.tokens
@@ -261,7 +261,7 @@ def test_all_ways_of_routing_share_a_step_and_agree(desk: Desk, gate: GateSpec) 
     by_ids = desk.send(hidden, seed=3)
     assert by_ids.request.chosen is not None
     assert by_ids.request.weights is not None
-    by_ids.request = replace(by_ids.request, chosen=desk.put(ids, DType.I32), weights=desk.put(weights, DType.F32))
+    by_ids.request = by_ids.request._replace(chosen=desk.put(ids, DType.I32), weights=desk.put(weights, DType.F32))
     other = desk.send(hidden, seed=4)
     step = Step(0, 1, LAYER, tuple(item.request for item in (server, other, by_logits, by_ids)))
     lone_rank("token", replace(SPEC, gate=gate)).step(step, {0: desk.memory})

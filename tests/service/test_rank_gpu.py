@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -303,10 +303,9 @@ def test_memory_of_a_finished_step_is_used_again_while_the_next_one_runs(
         index = number * 5 % len(sent)
         request = sent[index].request
         hidden, output = places[number % 2]
-        here = replace(
-            request,
-            hidden=replace(request.hidden, offset=hidden.offset),
-            output=replace(request.output, offset=output.offset),
+        here = request._replace(
+            hidden=request.hidden._replace(offset=hidden.offset),
+            output=request.output._replace(offset=output.offset),
         )
         desk.bytes(here.hidden, here.tokens).copy_(desk.bytes(request.hidden, here.tokens))
         under_way.append((index, here, rank.launch(Step(100 + number, 1, LAYER, (here,)), slabs)))

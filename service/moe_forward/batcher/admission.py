@@ -6,7 +6,7 @@ it may be, every refusal comes at the deadline, and steps are done for clients t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moe_forward.batcher.limits import BatchLimits
 from moe_forward.batcher.pace import Pace
@@ -18,8 +18,7 @@ STEP_PART = 1 / 4
 """The part of its time that a request's step may take."""
 
 
-@dataclass(frozen=True, slots=True)
-class Backlog:
+class Backlog(NamedTuple):
     """What waits with a request, itself included. lines: layers. tokens_before: that leave before it has, its own too.
 
     The fair order says which those are: a client with little there is served long before the backlog of another.

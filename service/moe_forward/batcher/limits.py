@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from moe_forward.types import ForwardRequest
 
@@ -36,8 +36,7 @@ class BatchLimits:
         return tokens * SMALL_PART > self.max_step_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Queued:
+class Queued(NamedTuple):
     """A waiting request and when it arrived (CLOCK_MONOTONIC)."""
 
     request: ForwardRequest

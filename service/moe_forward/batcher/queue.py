@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moe_forward.batcher.admission import IN_TIME_PART, Backlog, most_step_tokens, wait_seconds
 from moe_forward.batcher.fairness import Clients, FairQueue
@@ -24,8 +24,7 @@ COPY_LEAD_SECONDS = 1e-3
 """The same for a full step of large requests, whose rows take that long to a device."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ahead:
+class Ahead(NamedTuple):
     """What is at the ranks already. end_seconds: when it is expected to be done; infinite where that is not known.
 
     last_seconds: how long the last step of it takes. large: there are large requests in it.

@@ -7,8 +7,9 @@ Dimensions: T tokens, H hidden, E experts, K top-k.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from moe_forward.types import DType, ModelSpec, Routing
 
@@ -25,8 +26,7 @@ class WireLimits:
     max_timeout_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class WireRequest:
+class WireRequest(NamedTuple):
     """One HTTP request whose body is complete.
 
     headers: lower-case names. query: pairs in the order they came, decoded.
@@ -40,8 +40,7 @@ class WireRequest:
     version: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class WireTensor:
+class WireTensor(NamedTuple):
     """A row-major little-endian tensor.
 
     data: contiguous bytes of exactly `shape`, at any alignment.
@@ -55,8 +54,7 @@ class WireTensor:
     offset: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardCall:
+class ForwardCall(NamedTuple):
     """A request that was checked against the model.
 
     timeout_seconds: the deadline it asked for, None when it names none.
@@ -79,8 +77,7 @@ class ForwardCall:
     reply: object
 
 
-@dataclass(frozen=True, slots=True)
-class ReplyNotes:
+class ReplyNotes(NamedTuple):
     """What a reply says about its forward.
 
     batch_tokens: rows of the step it was part of. queue_seconds, step_seconds: waiting and computing.
@@ -91,11 +88,10 @@ class ReplyNotes:
     batch_tokens: int
     queue_seconds: float
     step_seconds: float
-    lacking: Mapping[str, int] = field(default_factory=dict)
+    lacking: Mapping[str, int] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class WireReply:
+class WireReply(NamedTuple):
     """A reply body, sent as `head` and then `body` without joining them.
 
     headers: lower-case names, beside content-type and content-length.

@@ -5,7 +5,6 @@ NaN in hidden_states, hidden_scales and router_logits is not looked for here: ra
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,7 +118,7 @@ def _hidden_scales(scales: WireTensor | None, hidden: WireTensor) -> WireTensor 
     if scales.shape not in accepted:
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(accepted))
         raise ForwardError(ErrorCode.WRONG_SHAPE, f"hidden_scales: expected shape {expected}, got {list(scales.shape)}")
-    return dataclasses.replace(scales, shape=(tokens, 1)) if len(scales.shape) == 1 else scales
+    return scales._replace(shape=(tokens, 1)) if len(scales.shape) == 1 else scales
 
 
 def _routing(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moe_forward.types import ForwardResult
 from moe_forward.wire.base import WireReply
@@ -40,4 +40,4 @@ def missing_of(result: ForwardResult, num_experts: int) -> Missing | None:
 
 def marked(reply: WireReply, missing: Missing | None) -> WireReply:
     """Return the reply with the headers that say what it was made without."""
-    return reply if missing is None else replace(reply, headers=(*reply.headers, *missing.headers))
+    return reply if missing is None else reply._replace(headers=(*reply.headers, *missing.headers))

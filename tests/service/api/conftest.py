@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import threading
 import time
@@ -94,7 +93,7 @@ class FakeLink:
         answer = ForwardResult(self.front, request.request, None, "", None, 0.001, 0.002, request.tokens + 7, 2)
         if self.refusal is not None:
             code, message, wait = self.refusal
-            return dataclasses.replace(answer, code=code, message=message, retry_after_seconds=wait)
+            return answer._replace(code=code, message=message, retry_after_seconds=wait)
         kind = {DType.F16: np.float16, DType.F32: np.float32}
         count = request.tokens * HIDDEN
         raw = self.slab.view(request.hidden.offset, count * request.hidden.dtype.itemsize)

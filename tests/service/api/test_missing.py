@@ -18,7 +18,7 @@ def lack(front: Any, routes: int, experts: int) -> None:
     compute = front.link._compute
 
     async def lacking(request: Any) -> Any:
-        return dataclasses.replace(await compute(request), missing_routes=routes, missing_experts=experts)
+        return (await compute(request))._replace(missing_routes=routes, missing_experts=experts)
 
     front.link._compute = lacking
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 
@@ -178,6 +177,6 @@ def test_metadata_names_extensions_and_tensors(limits):
 
 
 def test_encoding_a_call_of_another_encoding_is_a_mistake_of_the_caller(decode_oip, notes):
-    call = dataclasses.replace(decode_oip({"inputs": [ONES]}), reply=None)
+    call = decode_oip({"inputs": [ONES]})._replace(reply=None)
     with pytest.raises(TypeError, match=r"oip\.decode"):
         encoding.encode(call, memoryview(bytes(4 * H)), notes)
