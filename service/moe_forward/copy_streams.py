@@ -69,10 +69,13 @@ class AtOnce:
 
 
 class CopyStreams:
-    """A stream into a GPU and one out of it. device: with its index."""
+    """A stream into a GPU and one out of it, beside the current one, on which all computing stays.
+
+    device: with its index.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._computing = torch.cuda.current_stream(device)  # to ask for it in every step takes longer than to use it
         self._into = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -80,12 +83,12 @@ class CopyStreams:
         """See `Copies.read`."""
         with torch.cuda.stream(self._into):
             brought = work()
-        torch.cuda.current_stream(self._device).wait_stream(self._into)
+        self._computing.wait_stream(self._into)
         return brought
 
     def write(self, work: Callable[[], T]) -> Pending[T]:
         """See `Copies.write`."""
-        self._out.wait_stream(torch.cuda.current_stream(self._device))
+        self._out.wait_stream(self._computing)
         with torch.cuda.stream(self._out):
             value = work()
         return _Recorded(value, self._out.record_event())

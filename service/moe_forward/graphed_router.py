@@ -42,12 +42,12 @@ class GraphedRouter:
         self._held = spec.layers[0]
 
     def by_hidden(self, layer: int, hidden: Tensor) -> Routes:
-        """Route by hidden states [T, H] float32."""
+        """Route by hidden states [T, H] in any float type."""
         graph = self._graph(hidden.shape[0], by_hidden=True)
         return self._router.by_hidden(layer, hidden) if graph is None else self._run(graph, layer, self._hidden, hidden)
 
     def by_logits(self, layer: int, logits: Tensor) -> Routes:
-        """Route by the client's own router logits [T, E] float32."""
+        """Route by the client's own router logits [T, E] in any float type."""
         graph = self._graph(logits.shape[0], by_hidden=False)
         return self._router.by_logits(layer, logits) if graph is None else self._run(graph, layer, self._logits, logits)
 

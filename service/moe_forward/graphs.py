@@ -74,7 +74,7 @@ class GraphedForward:
         """Forward this rank's tokens; collective. See `LayerForward.forward`.
 
         most_tokens: the largest T of all ranks, the same on all of them; None: T is.
-        counts: to which what is counted is added.
+        counts: written over with what is counted of this forward.
         Returns: [T, H] float32, valid until the next call.
         """
         count = topk_ids.shape[0]
@@ -92,7 +92,9 @@ class GraphedForward:
             parts.append(self._output[: part.stop - part.start])
             if most > largest:
                 parts[-1] = parts[-1].clone()
-            if counts is not None:
+            if counts is not None and first == 0:
+                counts.values.copy_(self._counts.values)
+            elif counts is not None:
                 counts.values.add_(self._counts.values)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

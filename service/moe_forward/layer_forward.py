@@ -52,6 +52,11 @@ class StepCounts:
         """Nothing counted yet; there is room for every expert, since a rank may hold them all."""
         return cls(torch.zeros(shape.num_experts + 3, dtype=torch.int64, device=shape.device))
 
+    @classmethod
+    def empty(cls, shape: TokenShape) -> StepCounts:
+        """Room for a forward to count into."""
+        return cls(torch.empty(shape.num_experts + 3, dtype=torch.int64, device=shape.device))
+
     @property
     def moved_bytes(self) -> Tensor:
         """[2] int64: bytes that came in dispatch, and that went back in combine."""
@@ -87,7 +92,7 @@ class LayerForward:
         """Forward this rank's tokens; collective: every rank of the group makes the same call.
 
         layer: id of a served layer. tokens: [T, H] e4m3 with scales.
-        topk_ids: [T, K] int64, -1 for a slot of no expert. topk_weights: [T, K] float32.
+        topk_ids: [T, K] int64 or int32, -1 for a slot of no expert. topk_weights: [T, K] float32.
         shared_tokens: [T] bool, tokens that get the shared experts' output too; None for no token.
         clock: times the phases.
         most_tokens: the largest T of all ranks, for a forward that pads; not needed here.
@@ -96,7 +101,7 @@ class LayerForward:
         Returns: `out`, else [T, H] float32, or bfloat16 where the exchange combines in it and nothing was added.
         """
         with clock("dispatch"):
-            received = self._exchange.dispatch(tokens, topk_ids, topk_weights)
+            received = self._exchange.dispatch(tokens, topk_ids.long(), topk_weights)
         rows = self._experts.forward(
             layer, received.rows, received.offsets, received.weights, received.expected_rows, clock
         )

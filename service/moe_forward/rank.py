@@ -35,6 +35,14 @@ class _Counted(NamedTuple):
     missing_rows: Tensor | None
 
 
+class _Routed(NamedTuple):
+    """A run's experts. ids: [n, K] int64 or int32. weights: [n, K] float32. non_finite: [n] bool, None: none is."""
+
+    ids: Tensor
+    weights: Tensor
+    non_finite: Tensor | None
+
+
 class Launched:
     """A step under way: on a GPU its kernels and copies run on, on a CPU it is done.
 
@@ -119,7 +127,7 @@ class Rank:
         with clock("route"):
             topk_ids, topk_weights, bad_routes = self._route(step.layer, runs)
             topk_ids, missing_rows = self._place(topk_ids)
-        counts = StepCounts.zeros(self._shape)
+        counts = StepCounts.empty(self._shape)
         output = self._forward.forward(
             step.layer,
             tokens,
@@ -131,7 +139,8 @@ class Rank:
             counts=counts,
         )
         rows = convert_runs(output, runs)
-        counted = _Counted(bad_tokens | bad_routes, counts, missing_rows)
+        bad_rows = bad_tokens if bad_routes is None else bad_tokens | bad_routes
+        counted = _Counted(bad_rows, counts, missing_rows)
         pending = self._copies.write(partial(_write, rows, runs, slabs, counted, clock))
         # `tell` holds the rows that were read; both sides of every copy live until the step is finished.
         tell = partial(self._tell, step, runs, clock, requantized_tokens)
@@ -188,10 +197,12 @@ class Rank:
     def _quantize(self, runs: list[Run]) -> tuple[Quantized, Tensor, int]:
         """Return ([T, H] fp8 with scales, [T] bool rows with NaN or Inf, rows that came with the other granularity)."""
         shape = self._shape
-        values = [torch.empty(0, shape.hidden_size, dtype=torch.uint8, device=shape.device)]
-        scales = [torch.empty(0, shape.scale_columns, device=shape.device)]
-        bad = [torch.empty(0, dtype=torch.bool, device=shape.device)]
+        values, scales, bad = list[Tensor](), list[Tensor](), list[Tensor]()
         requantized_tokens = 0
+        if not runs:
+            values.append(torch.empty(0, shape.hidden_size, dtype=torch.uint8, device=shape.device))
+            scales.append(torch.empty(0, shape.scale_columns, device=shape.device))
+            bad.append(torch.empty(0, dtype=torch.bool, device=shape.device))
         for run in runs:
             if run.hidden_scales is None:
                 tokens, non_finite = self._experts.quantize(run.hidden)
@@ -213,32 +224,41 @@ class Rank:
         quantized, overflowed = self._experts.quantize(w4afp8.dequantize_tokens(tokens))
         return Quantized(quantized.values, quantized.scales.masked_fill(overflowed.unsqueeze(1), torch.nan))
 
-    def _route(self, layer: int, runs: list[Run]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ([T, K] int64 expert ids, [T, K] float32 weights, [T] bool rows whose logits are not finite)."""
+    def _route(self, layer: int, runs: list[Run]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return ([T, K] int64 or int32 expert ids, [T, K] float32 weights, [T] bool rows whose logits are not finite).
+
+        The last is None where clients chose for all of them.
+        """
         shape = self._shape
-        ids = [torch.empty(0, shape.top_k, dtype=torch.int64, device=shape.device)]
-        weights = [torch.empty(0, shape.top_k, device=shape.device)]
-        bad = [torch.empty(0, dtype=torch.bool, device=shape.device)]
-        for run in runs:
-            if run.segments[0].request.routing == Routing.TOPK:
-                assert run.chosen is not None
-                assert run.weights is not None
-                ids.append(run.chosen.long())
-                weights.append(run.weights)
-                bad.append(torch.zeros(run.tokens, dtype=torch.bool, device=shape.device))
-            else:
-                if run.chosen is not None:
-                    routes = self._router.by_logits(layer, run.chosen.float())
-                else:
-                    routes = self._router.by_hidden(layer, _floats(run))
-                ids.append(routes.ids)
-                weights.append(routes.weights)
-                bad.append(routes.non_finite)
-        return _joined(ids), _joined(weights), _joined(bad)
+        if not runs:
+            no_ids = torch.empty(0, shape.top_k, dtype=torch.int64, device=shape.device)
+            return no_ids, torch.empty(0, shape.top_k, device=shape.device), None
+        routes = [self._route_run(layer, run) for run in runs]
+        bad = None
+        if any(route.non_finite is not None for route in routes):
+            bad = _joined([self._flags(run, route) for run, route in zip(runs, routes, strict=True)])
+        ids = [route.ids for route in routes]
+        if len({part.dtype for part in ids}) > 1:
+            ids = [part.long() for part in ids]
+        return _joined(ids), _joined([route.weights for route in routes]), bad
+
+    def _route_run(self, layer: int, run: Run) -> _Routed:
+        if run.segments[0].request.routing == Routing.TOPK:
+            assert run.chosen is not None
+            assert run.weights is not None
+            return _Routed(run.chosen, run.weights, None)
+        if run.chosen is not None:
+            return _Routed(*self._router.by_logits(layer, run.chosen))
+        return _Routed(*self._router.by_hidden(layer, _floats(run)))
+
+    def _flags(self, run: Run, routed: _Routed) -> Tensor:
+        if routed.non_finite is not None:
+            return routed.non_finite
+        return torch.zeros(run.tokens, dtype=torch.bool, device=self._shape.device)
 
     def _place(self, topk_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ids as the group numbers experts and, where it lacks some, [T] int64 routes to those."""
-        return (topk_ids, None) if self._expert_map is None else place_routes(topk_ids, self._expert_map)
+        return (topk_ids, None) if self._expert_map is None else place_routes(topk_ids.long(), self._expert_map)
 
     def _wanting_shared(self, runs: list[Run]) -> Tensor | None:
         """Return [T] bool: rows whose request wants the shared experts' output; None where no row gets it."""
@@ -265,15 +285,15 @@ def _write(
 
 
 def _floats(run: Run) -> Tensor:
-    """Return the hidden states [n, H] float32 that a run stands for."""
+    """Return the hidden states [n, H] that a run stands for, in a float type that has all of their bits."""
     if run.hidden_scales is None:
-        return run.hidden.float()
+        return run.hidden
     return w4afp8.dequantize_tokens(Quantized(run.hidden, run.hidden_scales))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Join the runs' rows. parts: an empty tensor of the right type, then one a run, mostly a single one."""
-    return parts[1] if len(parts) == 2 else torch.cat(parts)
+    """Join the runs' rows. parts: at least one, mostly a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _requests_with(bad_rows: Tensor, segments: list[Segment]) -> tuple[int, ...]:

@@ -57,12 +57,12 @@ class Router:
         return self._weights[layer]
 
     def by_hidden(self, layer: int, hidden: Tensor) -> Routes:
-        """Route by hidden states [T, H] float32."""
-        return route_hidden(self.spec, self._weights[layer], hidden)
+        """Route by hidden states [T, H] in any float type."""
+        return route_hidden(self.spec, self._weights[layer], hidden.float())
 
     def by_logits(self, layer: int, logits: Tensor) -> Routes:
-        """Route by the client's own router logits [T, E] float32."""
-        return route_logits(self.spec, self._weights[layer], logits)
+        """Route by the client's own router logits [T, E] in any float type."""
+        return route_logits(self.spec, self._weights[layer], logits.float())
 
     def warm_up(self) -> None:
         """Route a few tokens, so that the first request pays for no first call."""
