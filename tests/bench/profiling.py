@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_forward.api import connections, direct
+from moe_forward.channel import AsyncChannel
 from moe_forward.link import EngineLink
 from moe_forward.metrics import Metrics
 from moe_forward.request_record import RequestRecord
@@ -45,7 +46,7 @@ class Stages:
         self._wrap(direct.DirectBody, "aim", before="aimed")
         self._wrap(EngineLink, "_finish", before="result")
         self._wrap(connections.Connection, "write_now", after="written")
-        self._wrap_send()
+        self._wrap(AsyncChannel, "_send_posted", after="sent")
         self._wrap_end()
 
     def _note(self, moment: str, once: bool = False) -> None:
@@ -64,17 +65,6 @@ class Stages:
             return found
 
         setattr(owner, name, outer)
-
-    def _wrap_send(self) -> None:
-        from moe_forward.channel import AsyncChannel
-
-        inner = AsyncChannel.send
-
-        def send(channel: Any, *arguments: Any) -> None:
-            inner(channel, *arguments)
-            self._note("sent")
-
-        AsyncChannel.send = send  # type: ignore[method-assign]
 
     def _wrap_end(self) -> None:
         inner = Metrics.request_finished

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 SMOOTHING = 0.2
@@ -24,6 +25,8 @@ class Pace:
         self.tokens_per_second = 0.0
         self._sizes: dict[int, _Size] = {}  # by bits of the number of tokens
         self._ascending: list[_Size] = []
+        self._tokens: list[float] = []  # of the ascending sizes, as their seconds: every request is looked up in them
+        self._seconds: list[float] = []
 
     def finished(self, tokens: int, seconds: float) -> None:
         """Learn from a step. seconds: since it could begin, so that steps that overlap are not counted twice.
@@ -42,6 +45,8 @@ class Pace:
         for other in self._ascending:
             times = other.tokens / size.tokens
             other.seconds = min(max(other.seconds, size.seconds * min(1.0, times)), size.seconds * max(1.0, times))
+        self._tokens = [other.tokens for other in self._ascending]
+        self._seconds = [other.seconds for other in self._ascending]
 
     def step_seconds(self, tokens: int) -> float | None:
         """Return how long a step of `tokens` takes, by those nearest in size (a factor of two); None before any."""
@@ -60,7 +65,7 @@ class Pace:
         sizes = self._ascending
         if not sizes:
             return None
-        above = next((number for number, size in enumerate(sizes) if size.tokens >= tokens), len(sizes) - 1)
+        above = min(bisect_left(self._tokens, tokens), len(sizes) - 1)
         if above == 0:
             return sizes[0].seconds
         low, high = sizes[above - 1 : above + 1]
@@ -75,7 +80,7 @@ class Pace:
         if len(sizes) < 2:
             return math.inf
         seconds = max(seconds, 2 * sizes[0].seconds)
-        above = next((number for number, size in enumerate(sizes) if size.seconds > seconds), len(sizes) - 1)
+        above = min(bisect_right(self._seconds, seconds), len(sizes) - 1)
         low, high = sizes[above - 1 : above + 1]
         if high.seconds <= low.seconds:
             return math.inf
