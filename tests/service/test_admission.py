@@ -174,9 +174,19 @@ def test_expected_seconds_lie_between_the_sizes_that_were_seen_and_come_back_as_
     assert pace.tokens_within(1.0) == math.inf
     for tokens, seconds in [(1000, 3.0), (3000, 6.0)]:
         pace.finished(tokens, seconds)
-    for tokens, expected in [(325, 1.5), (550, 2.0), (2000, 4.5), (5000, 9.0)]:
+    for tokens, expected in [(325, 1.5), (550, 2.0), (2000, 4.5), (3000, 6.0)]:
         assert pace.expected_seconds(tokens) == pytest.approx(expected)
         assert pace.tokens_within(expected) == pytest.approx(max(tokens, 550)), "at least twice the shortest"
+    assert pace.expected_seconds(5000) == pytest.approx(6.0), "no guess beyond what was seen"
+    assert pace.tokens_within(9.0) == pytest.approx(5000)
+
+
+def test_nobody_is_refused_for_steps_larger_than_any_that_was_seen() -> None:
+    batcher = known(1, 0.05)
+    batcher.finished(3, 64, 0.0, 1.0, 0.0)  # a slow start; in proportion, 2000 tokens would take half a minute
+    for _ in range(133):
+        assert batcher.add(request_in(120.0, tokens=45), 0.0)
+    assert batcher.late_seconds(request_in(120.0, tokens=45), 0.0) is None
 
 
 def test_a_step_takes_no_less_than_a_smaller_one_and_no_more_than_several_of_it() -> None:

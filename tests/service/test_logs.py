@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_forward.logs import configure, log_request
+from moe_forward.logs import MOST_WAITING, REST_SECONDS, configure, log_request
 
 log = logging.getLogger("moe_forward.test")
 
@@ -102,3 +103,52 @@ def test_request_lines_carry_their_fields_and_obey_the_level(stream: io.StringIO
     log_request(log, logging.INFO, {"status": 200})
     log_request(log, logging.ERROR, {"status": 500})
     assert json.loads(stream.getvalue())["status"] == 500
+
+
+async def test_request_lines_are_written_together_soon_after_the_first(stream: io.StringIO) -> None:
+    configure("info", "json", stream)
+    for number in range(3):
+        log_request(log, logging.INFO, {"number": number})
+    assert stream.getvalue() == ""
+    while not stream.getvalue():
+        await asyncio.sleep(REST_SECONDS)
+    assert numbers(stream) == [0, 1, 2]
+
+
+async def test_other_lines_are_written_at_once_and_behind_those_of_earlier_requests(stream: io.StringIO) -> None:
+    configure("info", "json", stream)
+    log_request(log, logging.INFO, {"number": 0})
+    log.info("told", extra={"number": 1})
+    assert numbers(stream) == [0, 1]
+    log_request(log, logging.INFO, {"number": 2})
+    log_request(log, logging.ERROR, {"number": 3})
+    assert numbers(stream) == [0, 1, 2, 3]
+
+
+async def test_many_request_lines_do_not_wait_for_each_other(stream: io.StringIO) -> None:
+    configure("info", "json", stream)
+    for number in range(MOST_WAITING + 1):
+        log_request(log, logging.INFO, {"number": number})
+    assert numbers(stream) == list(range(MOST_WAITING))
+
+
+async def test_what_waits_is_written_when_logging_ends(stream: io.StringIO) -> None:
+    configure("info", "json", stream)
+    log_request(log, logging.INFO, {"number": 0})
+    for handler in logging.getLogger().handlers:
+        handler.flush()  # as logging.shutdown does when the process ends
+    assert numbers(stream) == [0]
+
+
+async def test_a_log_that_cannot_be_written_ends_no_request(
+    stream: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure("info", "text", stream)
+    log_request(log, logging.INFO, {"number": 0})
+    stream.close()
+    log.warning("also lost")
+    assert "I/O operation on closed file" in capsys.readouterr().err
+
+
+def numbers(stream: io.StringIO) -> list[int]:
+    return [json.loads(line)["number"] for line in stream.getvalue().splitlines()]

@@ -59,15 +59,15 @@ class Pace:
     def expected_seconds(self, tokens: float) -> float | None:
         """Return the same between the sizes that were seen, for steps of any.
 
-        Smaller ones than any take as long as the smallest, since that is mostly what every step takes; larger ones grow
-        as from the last size but one to the last, or not at all where there is one size only.
+        Smaller ones than any take as long as the smallest, since that is mostly what every step takes; larger ones as
+        long as the largest: how much longer is seen when there is one, and nobody is refused for a guess.
         """
         sizes = self._ascending
         if not sizes:
             return None
-        above = min(bisect_left(self._tokens, tokens), len(sizes) - 1)
-        if above == 0:
-            return sizes[0].seconds
+        above = bisect_left(self._tokens, tokens)
+        if above in (0, len(sizes)):
+            return sizes[max(0, above - 1)].seconds
         low, high = sizes[above - 1 : above + 1]
         return low.seconds + (tokens - low.tokens) * (high.seconds - low.seconds) / (high.tokens - low.tokens)
 

@@ -129,4 +129,4 @@ def test_a_scrape_in_openmetrics_names_the_trace_of_a_request(
         if sample.exemplar
     }
     assert TRACE in traces
-    assert f" trace_id={TRACE}" in service.log
+    service.wait_for(lambda: f" trace_id={TRACE}" in service.log)

@@ -40,7 +40,7 @@ async def test_sigterm_to_every_process_answers_what_is_in_flight_and_leaves_not
     start: Callable[..., Any], tiny: Path, local: Local
 ) -> None:
     shared_memory = set(Path("/dev/shm").iterdir())
-    with start(tiny, ranks=2, default_timeout_seconds=300.0, drain_timeout_seconds=300.0) as service:
+    with start(tiny, ranks=1, default_timeout_seconds=300.0, drain_timeout_seconds=300.0) as service:
         pids = service.pids()
         assert {service.process.pid, *service.rank_pids()} <= pids.keys()
         (runtime_folder,) = service.runtime_folders
@@ -73,7 +73,7 @@ async def test_sigterm_to_every_process_answers_what_is_in_flight_and_leaves_not
 
 @pytest.mark.parametrize(("wait_for", "status"), [("serve: model", 0), ("Started server process", 0)])
 def test_sigterm_before_it_is_ready_leaves_nothing(tiny: Path, wait_for: str, status: int) -> None:
-    service = Service(tiny)
+    service = Service(tiny, 1)
     try:
         while wait_for not in service.log:
             assert service.process.poll() is None, service.log
