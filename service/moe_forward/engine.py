@@ -301,13 +301,14 @@ class Engine:
     def _finish(self, sent: Sent, now: float) -> None:
         self._batcher.finished(sent.step.layer, sent.tokens, sent.sent_seconds, now - sent.began_seconds, now)
         results = results_of(sent, now, self._status.missing_experts)
-        if self._batcher.requests:
+        some_wait = bool(self._batcher.requests)
+        if some_wait:
             self._pump()  # ranks shall not wait until hundreds of requests are answered
         waiting = self._waiting()
         self._fronts.finish(results, report_of(sent, waiting))
         self._queue_watch.told(waiting)
-        if not waiting.requests:
-            self._pump()
+        if not some_wait:
+            self._pump()  # nor these answers for a look at an empty queue
 
     # Loss of ranks
 
