@@ -9,27 +9,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
 from dataclasses import replace
 
 from moe_forward import group_status
-from moe_forward.answers import report_of, results_of
-from moe_forward.batcher import IN_TIME_PART, Batcher, BatchLimits, Queued
+from moe_forward.answers import answers_of, report_of
+from moe_forward.batcher import IN_TIME_PART, Ahead, Batcher, BatchLimits, Queued
 from moe_forward.channel import AsyncChannel, same_user
 from moe_forward.errors import ErrorCode
 from moe_forward.heartbeat import SilenceWatch
-from moe_forward.messages import Announce, Cancel, FrontHello, Heartbeat, Message, RankHello
+from moe_forward.messages import Announce, Cancel, FrontHello, Heartbeat, Message, RankHello, StepOrder, Ticket
+from moe_forward.packed_messages import of_front
 from moe_forward.peers import Fronts, Ranks
 from moe_forward.queue_watch import QueueWatch
 from moe_forward.steps import Sent, StepsInFlight
 from moe_forward.types import (
     EngineStatus,
-    ForwardRequest,
     ForwardResult,
     QueueReport,
-    Step,
     StepResult,
 )
 
@@ -61,8 +61,9 @@ class Engine:
         self._queue_watch = QueueWatch(self._waiting, self._fronts.report)
         self._status = EngineStatus(reason="no rank group was announced yet")
         self._next_group: Announce | None = None  # waits for the steps that run
-        self._held: dict[int, list[ForwardRequest]] = {}
+        self._held: dict[int, list[Ticket]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._wake = math.inf  # when the timer goes off
         self._next_step = 0
         self._unsettled = False  # something came that may let a step go
 
@@ -94,25 +95,30 @@ class Engine:
     # Events
 
     def _on_message(self, channel: AsyncChannel, message: Message, fds: list[int]) -> None:
-        if isinstance(message, StepResult | Heartbeat) and channel in self._ranks:
-            self._hear(message)
-        elif isinstance(message, ForwardRequest) and channel in self._fronts:
-            self._submit(message._replace(front=self._fronts.number(channel)))
-        elif isinstance(message, Cancel) and channel in self._fronts:
-            self._cancel(self._fronts.number(channel), message.request)
+        front = self._fronts.number(channel)
+        if isinstance(message, Ticket) and front is not None:
+            self._submit(message if message.front == front else of_front(message, front))
+            self._unsettled = True
+        elif isinstance(message, (StepResult, Heartbeat)) and channel in self._ranks:
+            self._hear(message)  # only the end of a step changes anything
+        else:
+            self._on_rare_message(channel, front, message, fds)
+            self._unsettled = True
+        for fd in fds:
+            os.close(fd)
+
+    def _on_rare_message(self, channel: AsyncChannel, front: int | None, message: Message, fds: list[int]) -> None:
+        if isinstance(message, Cancel) and front is not None:
+            self._cancel(front, message.request)
         elif isinstance(message, FrontHello) and len(fds) == 1:
             self._add_front(channel, message, fds)
         elif isinstance(message, RankHello):
             self._add_rank(channel, message)
-        elif isinstance(message, Announce) and channel in self._fronts:
+        elif isinstance(message, Announce) and front is not None:
             self._expect(message)
         else:
             log.warning("unexpected %s: hanging up", type(message).__name__)
             self._hang_up_on(channel)
-        for fd in fds:
-            os.close(fd)
-        if not isinstance(message, StepResult | Heartbeat):  # after those only the end of a step changes anything
-            self._unsettled = True
 
     def _settle(self) -> None:
         """Look for a step once after all that came together: requests of one datagram go together."""
@@ -173,7 +179,7 @@ class Engine:
 
     # Requests
 
-    def _submit(self, request: ForwardRequest) -> None:
+    def _submit(self, request: Ticket) -> None:
         now = time.monotonic()
         if not self._status.ready:
             code = ErrorCode.RANK_LOST if self._status.lost else ErrorCode.NOT_READY
@@ -187,7 +193,7 @@ class Engine:
         elif not self._queue(request, now):
             self._refuse_full(request, "the queue is full", self._batcher.drain_seconds(request.client))
 
-    def _queue(self, request: ForwardRequest, now: float) -> bool:
+    def _queue(self, request: Ticket, now: float) -> bool:
         """Queue a request if there is room; what came with it and can go makes some."""
         if not self._batcher.add(request, now):
             self._settle()
@@ -201,7 +207,7 @@ class Engine:
 
     def _refuse(
         self,
-        request: ForwardRequest,
+        request: Ticket,
         code: ErrorCode,
         message: str,
         retry_after_seconds: float | None = None,
@@ -210,7 +216,7 @@ class Engine:
         result = ForwardResult(request.front, request.request, code, message, retry_after_seconds, held=held)
         self._fronts.answer(result)
 
-    def _refuse_full(self, request: ForwardRequest, reason: str, drain_seconds: float | None) -> None:
+    def _refuse_full(self, request: Ticket, reason: str, drain_seconds: float | None) -> None:
         waiting = f"{self._batcher.requests} requests with {self._batcher.tokens} tokens are waiting"
         retry_after_seconds = LOST_RETRY_AFTER_SECONDS
         if drain_seconds is not None:
@@ -229,31 +235,37 @@ class Engine:
         if self._steps.oldest is None and self._next_group is not None:
             announce, self._next_group = self._next_group, None
             self._expect(announce)
-        while self._may_send():
-            queued_requests = self._batcher.next_step(now, self._steps.ahead())
-            if not queued_requests:
-                break
+        ahead, room = self._steps.ahead(), self._may_send()
+        while room and (queued_requests := self._batcher.next_step(now, ahead)):
             self._send(queued_requests, now)
-        self._set_timer(now)
+            ahead, room = self._steps.ahead(), self._may_send()
+        self._set_timer(now, ahead, room)
         self._queue_watch.changed()
 
     def _waiting(self) -> QueueReport:
         return QueueReport(self._batcher.requests, self._batcher.tokens)
 
-    def _set_timer(self, now: float) -> None:
+    def _set_timer(self, now: float, ahead: Ahead | None, room: bool) -> None:
+        wake = self._batcher.wake_seconds(now, ahead, room)
+        if wake == self._wake:
+            return  # while ranks work, it mostly is the same for all who come
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        wake = self._batcher.wake_seconds(now, self._steps.ahead(), self._may_send())
-        if wake < float("inf"):
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, wake - now), self._pump)
+        self._wake = wake
+        if wake < math.inf:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wake - now), self._woken)
+
+    def _woken(self) -> None:
+        self._timer, self._wake = None, math.inf
+        self._pump()
 
     def _may_send(self) -> bool:
         return self._status.ready and self._steps.have_room
 
     def _send(self, queued: list[Queued], now: float) -> None:
-        requests = tuple(item.request for item in queued)
-        step = Step(self._next_step, self._status.generation, requests[0].layer, requests)
+        tickets = tuple([item.request for item in queued])
+        step = StepOrder(self._next_step, self._status.generation, tickets[0].layer, tickets)
         self._next_step += 1
         self._steps.add(step, queued, now)
         if self._watchdog is None:
@@ -300,12 +312,12 @@ class Engine:
 
     def _finish(self, sent: Sent, now: float) -> None:
         self._batcher.finished(sent.step.layer, sent.tokens, sent.sent_seconds, now - sent.began_seconds, now)
-        results = results_of(sent, now, self._status.missing_experts)
+        answers = answers_of(sent, now, self._status.missing_experts)
         some_wait = bool(self._batcher.requests)
         if some_wait:
             self._pump()  # ranks shall not wait until hundreds of requests are answered
         waiting = self._waiting()
-        self._fronts.finish(results, report_of(sent, waiting))
+        self._fronts.finish(answers, report_of(sent, waiting))
         self._queue_watch.told(waiting)
         if not some_wait:
             self._pump()  # nor these answers for a look at an empty queue
@@ -336,10 +348,10 @@ class Engine:
         self._silence.stop()
         alive = self._ranks.alive(generation)
         for sent in self._steps.pop_all():
-            for request in sent.step.requests:
+            for request in sent.step.tickets:
                 self._refuse(request, ErrorCode.RANK_LOST, reason, LOST_RETRY_AFTER_SECONDS, held=alive)
             if alive:
-                self._held.setdefault(generation, []).extend(sent.step.requests)
+                self._held.setdefault(generation, []).extend(sent.step.tickets)
         self._watch_oldest()
         for queued in self._batcher.drop_all():
             self._refuse(queued.request, ErrorCode.RANK_LOST, reason, LOST_RETRY_AFTER_SECONDS)

@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from moe_forward.answers import results_in
 from moe_forward.channel import AsyncChannel, connect
 from moe_forward.errors import ErrorCode
-from moe_forward.messages import Announce, Cancel, FrontHello, FrontWelcome, Message, Released
+from moe_forward.messages import Announce, Cancel, FrontHello, FrontWelcome, Message, Released, StepAnswers
 from moe_forward.polling import Awake
 from moe_forward.slab import Slab
 from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, QueueReport, StepReport
@@ -123,7 +124,11 @@ class EngineLink:
     def _on_message(self, channel: AsyncChannel, message: Message, fds: list[int]) -> None:
         for fd in fds:
             os.close(fd)  # the engine passes none
-        if isinstance(message, ForwardResult):
+        if isinstance(message, StepAnswers):
+            for result in results_in(message, self.front):
+                self._finish(result)
+            self._awake.touch()
+        elif isinstance(message, ForwardResult):
             self._finish(message)
             self._awake.touch()
         elif isinstance(message, StepReport):

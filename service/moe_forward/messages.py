@@ -17,6 +17,50 @@ from moe_forward.types import (
 )
 
 
+class Ticket(NamedTuple):
+    """A `ForwardRequest` as the engine sees it: what it decides by. The rest stays packed, for the ranks.
+
+    packed: the whole request, as its front end sent it.
+    """
+
+    front: int
+    request: int
+    layer: int
+    tokens: int
+    deadline_seconds: float
+    client: int = 0
+    packed: bytes = b""
+
+
+class StepOrder(NamedTuple):
+    """Engine to ranks: a step of these tickets. A rank reads it as a `Step` of the whole requests."""
+
+    step: int
+    generation: int
+    layer: int
+    tickets: tuple[Ticket, ...]
+
+
+class StepAnswers(NamedTuple):
+    """Engine to front end: how its requests in one step ended; `ForwardResult` says what the figures are.
+
+    requests, queue_seconds: one of each for every request.
+    non_finite: positions in `requests` of those that are refused for NaN or Inf. missing_routes: of each request;
+        empty where there are none.
+    """
+
+    step: int
+    generation: int
+    batch_tokens: int
+    batch_requests: int
+    missing_experts: int
+    step_seconds: float
+    requests: tuple[int, ...]
+    queue_seconds: tuple[float, ...]
+    non_finite: tuple[int, ...] = ()
+    missing_routes: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class FrontHello:
     """Front end to engine, with the slab's descriptor: here is my memory.
@@ -167,7 +211,10 @@ class Several(NamedTuple):
 
 Message: TypeAlias = (
     ForwardRequest
+    | Ticket
     | ForwardResult
+    | StepAnswers
+    | StepOrder
     | Step
     | StepResult
     | StepReport

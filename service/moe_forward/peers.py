@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_forward.channel import AsyncChannel
 from moe_forward.datagrams import pack
-from moe_forward.messages import AttachSlab, DetachSlab, FrontHello, FrontWelcome, Message, Released
-from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, QueueReport, StepReport
+from moe_forward.messages import (
+    AttachSlab,
+    DetachSlab,
+    FrontHello,
+    FrontWelcome,
+    Message,
+    Released,
+    StepAnswers,
+    Ticket,
+)
+from moe_forward.types import EngineStatus, ForwardResult, QueueReport, StepReport
 
 
 class Ranks:
@@ -58,12 +66,9 @@ class Fronts:
         self._numbers: dict[AsyncChannel, int] = {}
         self._next = 0
 
-    def __contains__(self, channel: AsyncChannel) -> bool:
-        return channel in self._numbers
-
-    def number(self, channel: AsyncChannel) -> int:
-        """Return the front end's number."""
-        return self._numbers[channel]
+    def number(self, channel: AsyncChannel) -> int | None:
+        """Return the front end's number, None where the channel is none's."""
+        return self._numbers.get(channel)
 
     def add(self, channel: AsyncChannel, hello: FrontHello, slab_fd: int) -> None:
         """Welcome a front end and show its slab, whose descriptor is ours from now on, to the ranks."""
@@ -93,23 +98,24 @@ class Fronts:
         if front is not None:
             front.channel.send(result)
 
-    def release(self, request: ForwardRequest) -> None:
+    def release(self, request: Ticket) -> None:
         """Tell a request's front end that nobody can touch its bytes any more."""
         front = self._fronts.get(request.front)
         if front is not None:
             front.channel.send(Released((request.request,)))
 
-    def finish(self, results: Iterable[ForwardResult], report: StepReport) -> None:
+    def finish(self, answers: dict[int, StepAnswers], report: StepReport) -> None:
         """Tell front ends how the requests of a step ended, each in one message, and one of them of the step."""
-        told: dict[int, list[Message]] = {}
-        for result in results:
-            told.setdefault(result.front, []).append(result)
         reported = self._reported()
+        for number, mine in answers.items():
+            front = self._fronts.get(number)
+            if front is not None and number != reported:
+                front.channel.send(mine)
         if reported is not None:
-            told.setdefault(reported, []).append(report)
-        for number, messages in told.items():
-            if number in self._fronts:
-                self._fronts[number].channel.send_all(messages)
+            told: list[Message] = [report]
+            if reported in answers:
+                told.insert(0, answers[reported])
+            self._fronts[reported].channel.send_all(told)
 
     def report(self, report: QueueReport) -> None:
         """Send what waits to one front end: exported by two, it would be counted twice."""

@@ -10,7 +10,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from moe_forward.batcher import Ahead, BatchLimits, Pace, Queued
-from moe_forward.types import Step, StepResult
+from moe_forward.messages import StepOrder
+from moe_forward.types import StepResult
 
 
 @dataclass(slots=True)
@@ -20,7 +21,7 @@ class Sent:
     sent_seconds: when it left. began_seconds: when it could begin: it was sent, and the step before it had ended.
     """
 
-    step: Step
+    step: StepOrder
     queued: list[Queued]
     tokens: int
     sent_seconds: float
@@ -36,6 +37,7 @@ class StepsInFlight:
         self._limits = limits
         self._pace = pace
         self._sent: deque[Sent] = deque()
+        self._ahead: tuple[int, Ahead] | None = None  # what was said last, and after how many finished steps
 
     @property
     def oldest(self) -> Sent | None:
@@ -47,10 +49,12 @@ class StepsInFlight:
         """Whether one more may be sent."""
         return len(self._sent) < self._limits.max_steps_in_flight
 
-    def add(self, step: Step, queued: list[Queued], now: float) -> None:
+    def add(self, step: StepOrder, queued: list[Queued], now: float) -> None:
         """Note a step that is being sent."""
-        large = any(self._limits.is_large(item.request.tokens) for item in queued)
-        self._sent.append(Sent(step, queued, step.tokens, now, now, large))
+        tokens = sum([ticket.tokens for ticket in step.tickets])
+        large = any(item.large for item in queued)
+        self._sent.append(Sent(step, queued, tokens, now, now, large))
+        self._ahead = None
 
     def find(self, result: StepResult) -> Sent | None:
         """Return the step that a rank speaks of; None for a late word of one that was given up."""
@@ -64,6 +68,7 @@ class StepsInFlight:
         if not self._sent or len(self._sent[0].results) < ranks:
             return None
         finished = self._sent.popleft()
+        self._ahead = None
         if self._sent:
             self._sent[0].began_seconds = now
         return finished
@@ -72,12 +77,18 @@ class StepsInFlight:
         """Take out everything, oldest first."""
         sent = list(self._sent)
         self._sent.clear()
+        self._ahead = None
         return sent
 
     def ahead(self) -> Ahead | None:
         """Return what stands before the next step; None while ranks are free."""
         if not self._sent:
             return None
+        if self._ahead is None or self._ahead[0] != self._pace.steps:
+            self._ahead = (self._pace.steps, self._look_ahead())
+        return self._ahead[1]
+
+    def _look_ahead(self) -> Ahead:
         end, last = self._sent[0].began_seconds, 0.0
         for sent in self._sent:
             last = self._pace.step_seconds(sent.tokens) or math.inf

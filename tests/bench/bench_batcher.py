@@ -14,32 +14,16 @@ import statistics
 import time
 
 from moe_forward.batcher import Ahead, Batcher, BatchLimits
-from moe_forward.types import DType, ForwardRequest, Routing, TensorRef
+from moe_forward.messages import Ticket
 
-REF = TensorRef(0, DType.BF16, 7168)
 WAITING, CLIENTS = 1000, 100
 LIMITS = BatchLimits(8192, 256, 200e-6, WAITING, 65536)
 
 
-def make_requests(layers: int) -> list[ForwardRequest]:
+def make_requests(layers: int) -> list[Ticket]:
     """Return requests of 1 to 64 tokens, layers and clients in turn."""
     return [
-        ForwardRequest(
-            0,
-            number,
-            number % layers,
-            1 + number % 64,
-            1e9,
-            True,
-            REF,
-            None,
-            Routing.SERVER,
-            None,
-            None,
-            REF,
-            client=number % CLIENTS,
-        )
-        for number in range(WAITING)
+        Ticket(0, number, number % layers, 1 + number % 64, 1e9, client=number % CLIENTS) for number in range(WAITING)
     ]
 
 

@@ -11,33 +11,19 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from moe_forward.batcher import Batcher, BatchLimits, Queued
+from moe_forward.messages import StepOrder, Ticket
 from moe_forward.steps import StepsInFlight
-from moe_forward.types import DType, ForwardRequest, Routing, Step, StepResult, TensorRef
+from moe_forward.types import StepResult
 
-REF = TensorRef(0, DType.BF16, 8)
 NUMBERS = itertools.count()
 LIMITS = BatchLimits(8192, 256, 200e-6, 100_000, 100_000_000)
 
 
 def make_request(
     tokens: int = 1, layer: int = 3, client: int = 0, deadline_seconds: float = math.inf, front: int = 0
-) -> ForwardRequest:
+) -> Ticket:
     """Return a request with a number of its own."""
-    return ForwardRequest(
-        front,
-        next(NUMBERS),
-        layer,
-        tokens,
-        deadline_seconds,
-        True,
-        REF,
-        None,
-        Routing.SERVER,
-        None,
-        None,
-        REF,
-        client=client,
-    )
+    return Ticket(front, next(NUMBERS), layer, tokens, deadline_seconds, client)
 
 
 @dataclass(frozen=True)
@@ -75,7 +61,7 @@ class Simulation:
     done: list[Done] = field(default_factory=list)
     steps: list[tuple[float, list[Queued]]] = field(default_factory=list)
     expired: list[Queued] = field(default_factory=list)
-    late: list[tuple[float, ForwardRequest]] = field(default_factory=list)
+    late: list[tuple[float, Ticket]] = field(default_factory=list)
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -91,7 +77,7 @@ class Simulation:
     def at(self, seconds: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (seconds, next(self._order), event))
 
-    def send(self, request: ForwardRequest, answered: Callable[[], None] = lambda: None) -> bool:
+    def send(self, request: Ticket, answered: Callable[[], None] = lambda: None) -> bool:
         """Queue a request now; `answered` is called with its answer."""
         if self.batcher.late_seconds(request, self.now, self.sent.ahead()) is not None:
             self.late.append((self.now, request))
@@ -103,9 +89,7 @@ class Simulation:
         self._pump()
         return True
 
-    def closed_loop(
-        self, make: Callable[[], ForwardRequest], think: Callable[[], float], start_seconds: float = 0.0
-    ) -> None:
+    def closed_loop(self, make: Callable[[], Ticket], think: Callable[[], float], start_seconds: float = 0.0) -> None:
         """A client that sends its next request some time after the answer to the one before."""
 
         def again() -> None:
@@ -136,18 +120,18 @@ class Simulation:
     def _pump(self) -> None:
         self.expired += self.batcher.expire(self.now)
         while self.sent.have_room and (queued := self.batcher.next_step(self.now, self.sent.ahead())):
-            step = Step(len(self.steps), 1, queued[0].request.layer, tuple(item.request for item in queued))
+            step = StepOrder(len(self.steps), 1, queued[0].request.layer, tuple(item.request for item in queued))
             self.steps.append((self.now, queued))
             self.sent.add(step, queued, self.now)
             begin = max(self.now + self.cost.way_seconds, self._ranks_free)
-            self._ranks_free = begin + self.cost.step_seconds(step.tokens)
+            self._ranks_free = begin + self.cost.step_seconds(sum(item.request.tokens for item in queued))
             self.at(self._ranks_free + self.cost.way_seconds, partial(self._answered, step))
         wake = self.batcher.wake_seconds(self.now, self.sent.ahead(), self.sent.have_room)
         if wake < math.inf and not (self.now < self._wake <= wake):
             self._wake = max(wake, self.now)
             self.at(self._wake, self._pump)
 
-    def _answered(self, step: Step) -> None:
+    def _answered(self, step: StepOrder) -> None:
         found = self.sent.find(StepResult(step.step, 1, 0, (), 0))
         assert found is not None
         found.results[0] = StepResult(step.step, 1, 0, (), 0)
@@ -155,7 +139,7 @@ class Simulation:
         assert finished is not None
         assert finished.step == step, "steps end in the order in which they were sent"
         self.batcher.finished(
-            step.layer, step.tokens, finished.sent_seconds, self.now - finished.began_seconds, self.now
+            step.layer, finished.tokens, finished.sent_seconds, self.now - finished.began_seconds, self.now
         )
         self._pump()
         for item in finished.queued:

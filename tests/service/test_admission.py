@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from moe_forward.batcher import IN_TIME_PART, Ahead, Batcher, BatchLimits, Pace
 from moe_forward.batcher.admission import STEP_PART
-from moe_forward.types import ForwardRequest
+from moe_forward.messages import Ticket
 
 from .step_simulation import Cost, Simulation, make_request
 
@@ -78,7 +79,7 @@ def test_a_pool_that_was_slow_is_found_to_be_quick_again() -> None:
     assert goodput(simulation, 40.0) >= 3.9, "all that is offered, a tenth of what could be answered"
 
 
-def request_in(seconds: float, tokens: int = TOKENS, client: int = 0) -> ForwardRequest:
+def request_in(seconds: float, tokens: int = TOKENS, client: int = 0) -> Ticket:
     return make_request(tokens, 3, client, seconds)
 
 
@@ -129,6 +130,36 @@ def test_large_requests_that_wait_do_not_keep_small_ones_out() -> None:
     flood(batcher, 7, tokens=8192)
     assert batcher.late_seconds(request_in(2.0, tokens=8192, client=1), 0.0) is not None
     assert batcher.late_seconds(request_in(2.0, client=1), 0.0) is None
+
+
+def any_batcher(rng: random.Random) -> Batcher:
+    """Return a batcher that has seen some steps, in a state that it may come to."""
+    batcher = Batcher(LIMITS)
+    for _ in range(rng.choice([0, 1, 2, 5, 20])):
+        batcher.finished(
+            3, int(rng.choice([1, 16, 256, 8192]) * (0.5 + rng.random())) + 1, 0.0, rng.expovariate(20), 0.0
+        )
+    for _ in range(rng.choice([0, 1, 3, 30, 300])):
+        tokens = rng.choice([1, 64, 1024, 4096])
+        batcher.add(make_request(tokens, rng.randrange(rng.choice([1, 60])), rng.randrange(5)), 0.0)
+    return batcher
+
+
+def test_who_is_let_in_after_a_short_sum_would_have_been_after_the_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(5)
+    outcomes: Counter[tuple[bool, bool]] = Counter()
+    for _ in range(3000):
+        batcher = any_batcher(rng)
+        ahead = rng.choice([None, Ahead(rng.expovariate(2), 0.1, False), Ahead(math.inf, math.inf, False)])
+        request = make_request(rng.choice([1, 64, 4096]), rng.randrange(3), rng.randrange(6), 10 ** rng.uniform(-3, 2))
+        found = batcher.late_seconds(request, 0.0, ahead)
+        short = batcher.in_time_at_worst(request, 0.0, ahead)
+        with monkeypatch.context() as patched:
+            patched.setattr(Batcher, "in_time_at_worst", lambda *arguments: False)
+            assert batcher.late_seconds(request, 0.0, ahead) == found
+        outcomes[short, found is None] += 1
+    assert outcomes[True, False] == 0
+    assert min(outcomes[kind] for kind in [(True, True), (False, True), (False, False)]) > 100, outcomes
 
 
 def test_a_rate_of_single_tokens_is_not_taken_for_that_of_full_steps() -> None:

@@ -10,20 +10,18 @@ from collections import Counter
 import pytest
 
 from moe_forward.batcher import Batcher, BatchLimits, Queued
-from moe_forward.types import DType, ForwardRequest, Routing, TensorRef
+from moe_forward.messages import Ticket
 
 WAIT_SECONDS = 0.5
 LIMITS = BatchLimits(
     max_step_tokens=100, max_step_requests=4, max_wait_seconds=WAIT_SECONDS, max_queue_requests=10, max_queue_tokens=300
 )
-REF = TensorRef(0, DType.F32, 8)
 
 
 def request(
     number: int, tokens: int = 1, layer: int = 3, front: int = 0, deadline_seconds: float = math.inf, client: int = 0
-) -> ForwardRequest:
-    routed = (Routing.SERVER, None, None, REF, client)
-    return ForwardRequest(front, number, layer, tokens, deadline_seconds, True, REF, None, *routed)
+) -> Ticket:
+    return Ticket(front, number, layer, tokens, deadline_seconds, client)
 
 
 def is_of(item: Queued, client: int, large: bool) -> bool:
@@ -50,7 +48,7 @@ def test_a_lonely_request_waits_for_company_then_goes(batcher: Batcher) -> None:
     assert batcher.next_step(10.0 + WAIT_SECONDS / 2) == []
     assert batcher.wake_seconds(0.0) == 10.0 + WAIT_SECONDS
     (item,) = batcher.next_step(10.0 + WAIT_SECONDS)
-    assert item == Queued(request(1), 10.0)
+    assert (item.request, item.arrived_seconds) == (request(1), 10.0)
     assert (batcher.requests, batcher.tokens) == (0, 0)
 
 
@@ -203,7 +201,7 @@ def test_random_traffic_loses_nothing_and_the_counts_return_to_zero() -> None:
     rng = random.Random(7)
     batcher = Batcher(LIMITS)
     now = 0.0
-    waiting: dict[tuple[int, int], ForwardRequest] = {}
+    waiting: dict[tuple[int, int], Ticket] = {}
     ends: Counter[str] = Counter()
 
     def leave(items: list[Queued], how: str) -> None:

@@ -31,9 +31,13 @@ from moe_forward.messages import (
     RankTokens,
     Released,
     Several,
+    StepAnswers,
+    StepOrder,
     Stop,
     TakeConnection,
+    Ticket,
 )
+from moe_forward.packed_messages import of_front
 from moe_forward.types import (
     PHASES,
     DType,
@@ -88,6 +92,22 @@ RESULTS = st.builds(
     generation=U32,
     missing_routes=U32,
     missing_experts=U32,
+)
+COUNT = st.integers(0, 5)
+ANSWERS = COUNT.flatmap(
+    lambda count: st.builds(
+        StepAnswers,
+        step=U64,
+        generation=U32,
+        batch_tokens=U32,
+        batch_requests=U32,
+        missing_experts=U32,
+        step_seconds=SECONDS,
+        requests=st.tuples(*[U64] * count),
+        queue_seconds=st.tuples(*[SECONDS] * count),
+        non_finite=st.lists(U32, max_size=count).map(tuple),
+        missing_routes=st.just(()) | st.tuples(*[U32] * count),
+    )
 )
 STEPS = st.builds(Step, step=U64, generation=U32, layer=I32, requests=st.lists(REQUESTS, max_size=5).map(tuple))
 STEP_RESULTS = st.builds(
@@ -145,8 +165,8 @@ STATUSES = st.builds(
 LABELS = st.lists(st.tuples(TEXT, TEXT), max_size=3).map(tuple)
 SAMPLES = st.tuples(TEXT, TEXT, LABELS, SECONDS, st.none() | st.tuples(LABELS, SECONDS, SECONDS))
 MESSAGES = st.one_of(
-    REQUESTS,
     RESULTS,
+    ANSWERS,
     STEPS,
     STEP_RESULTS,
     REPORTS,
@@ -195,9 +215,26 @@ def full_request(number: int) -> ForwardRequest:
     return ForwardRequest(2**32 - 1, number, 2**31 - 1, 2**32 - 1, 1e9, True, ref, ref, Routing.LOGITS, ref, ref, ref)
 
 
+@settings(max_examples=200, deadline=None)
+@given(STEPS, U32)
+def test_requests_come_to_the_engine_as_tickets_and_whole_to_the_ranks(step: Step, front: int) -> None:
+    tickets = []
+    for request in step.requests:
+        ticket = again(request)
+        assert isinstance(ticket, Ticket)
+        for name in ("front", "request", "layer", "tokens", "deadline_seconds", "client"):
+            assert getattr(ticket, name) == getattr(request, name)
+        assert of_front(ticket, request.front) == ticket
+        tickets.append(of_front(ticket, front))
+        assert tickets[-1].front == front
+    order = StepOrder(step.step, step.generation, step.layer, tuple(tickets))
+    assert again(order) == step._replace(requests=tuple(item._replace(front=front) for item in step.requests))
+
+
 def test_enums_come_back_as_enums() -> None:
-    back = again(full_request(1))
-    assert isinstance(back, ForwardRequest)
+    step = again(Step(1, 1, 1, (full_request(1),)))
+    assert isinstance(step, Step)
+    (back,) = step.requests
     assert isinstance(back.hidden.dtype, DType)
     assert isinstance(back.routing, Routing)
     assert back.shared_experts is True
@@ -286,11 +323,34 @@ def test_truncated_packed_message_raises() -> None:
         unpack(memoryview(data)[:-1])
 
 
-def test_request_without_an_output_raises() -> None:
+OUTPUT_DTYPE = -5  # where the last tensor's type lies
+WEIGHTS_DTYPE = OUTPUT_DTYPE - 13
+ROUTING = 30
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (OUTPUT_DTYPE, 255, "neither its input nor its output"),
+        (OUTPUT_DTYPE, len(DType), "does not exist"),
+        (WEIGHTS_DTYPE, 254, "does not exist"),
+        (ROUTING, len(Routing), "does not exist"),
+    ],
+)
+def test_a_request_that_ranks_could_not_read_does_not_pass_the_engine(place: int, value: int, reason: str) -> None:
     data = bytearray(pack(full_request(1)))
-    data[-13:] = struct.pack("<QBI", 0, 255, 0)
-    with pytest.raises(ValueError, match="neither its input nor its output"):
+    data[place] = value
+    with pytest.raises(ValueError, match=reason):
         unpack(memoryview(data))
+    step = pack(Step(1, 1, 1, ())) + data[1:]
+    with pytest.raises((ValueError, IndexError)):
+        unpack(memoryview(step))
+
+
+@pytest.mark.parametrize("damaged", [pack(full_request(1))[:-1], pack(full_request(1)) + b"x"], ids=["cut", "longer"])
+def test_a_request_of_another_length_raises(damaged: bytes) -> None:
+    with pytest.raises(ValueError, match=f"a request has {len(damaged) - 1} bytes, expected"):
+        unpack(memoryview(damaged))
 
 
 def test_integers_that_do_not_fit_raise_instead_of_wrapping() -> None:

@@ -14,6 +14,7 @@ import uvloop
 
 from moe_forward.batcher import BatchLimits
 from moe_forward.errors import ErrorCode
+from moe_forward.messages import StepAnswers
 from moe_forward.peers import Fronts
 from moe_forward.types import ForwardResult, Step, StepReport, StepResult
 
@@ -140,9 +141,9 @@ def test_every_request_is_answered_once_whatever_happens(
         answers[result.front, result.request] += 1
         answer(fronts, result)
 
-    def all_counted(fronts: Fronts, results: list[ForwardResult], report: StepReport) -> None:
-        answers.update((result.front, result.request) for result in results)
-        finish(fronts, results, report)
+    def all_counted(fronts: Fronts, told: dict[int, StepAnswers], report: StepReport) -> None:
+        answers.update((front, request) for front, mine in told.items() for request in mine.requests)
+        finish(fronts, told, report)
 
     monkeypatch.setattr(Fronts, "answer", counted)
     monkeypatch.setattr(Fronts, "finish", all_counted)

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from moe_forward.answers import report_of, results_of
+from moe_forward.answers import answers_of, report_of, results_in
 from moe_forward.batcher import Ahead, Batcher, BatchLimits, Pace, Queued
 from moe_forward.errors import ErrorCode
-from moe_forward.steps import StepsInFlight
-from moe_forward.types import QueueReport, Step, StepResult
+from moe_forward.messages import StepOrder
+from moe_forward.steps import Sent, StepsInFlight
+from moe_forward.types import ForwardResult, QueueReport, StepResult
 
 from .step_simulation import LIMITS, Cost, Simulation, layers_in_turn, make_request, thinking
 
@@ -21,9 +22,14 @@ def steps_in_flight(pace: Pace | None = None) -> StepsInFlight:
 
 
 def send(steps: StepsInFlight, number: int, now: float, tokens: int = 1, requests: int = 1) -> list[Queued]:
-    queued = [Queued(make_request(tokens), now - 0.001) for _ in range(requests)]
-    steps.add(Step(number, 1, 3, tuple(item.request for item in queued)), queued, now)
+    queued = [Queued(make_request(tokens), now - 0.001, LIMITS.is_large(tokens)) for _ in range(requests)]
+    steps.add(StepOrder(number, 1, 3, tuple(item.request for item in queued)), queued, now)
     return queued
+
+
+def results_of(sent: Sent, ended_seconds: float, missing_experts: int = 0) -> list[ForwardResult]:
+    """Return what the link of front end 0 makes of its answers."""
+    return list(results_in(answers_of(sent, ended_seconds, missing_experts)[0], 0))
 
 
 def answer(steps: StepsInFlight, number: int, rank: int = 0) -> None:
@@ -45,7 +51,7 @@ def test_the_time_of_a_step_begins_when_the_one_before_it_has_ended() -> None:
     second = steps.pop_finished(1, 2.7)
     assert second is not None
     assert (second.sent_seconds, second.began_seconds) == (1.5, 2.0)
-    results = results_of(second, 2.7, missing_experts=0)
+    results = results_of(second, 2.7)
     assert [(result.request, result.step) for result in results] == [(item.request.request, 1) for item in queued]
     assert all(result.queue_seconds == pytest.approx(0.501) for result in results)
     assert all(result.step_seconds == pytest.approx(0.7) for result in results)

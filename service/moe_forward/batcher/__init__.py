@@ -5,8 +5,9 @@ is worth waiting for, `pace` is what finished steps have taught, and `admission`
 """
 
 from moe_forward.batcher.admission import IN_TIME_PART
+from moe_forward.batcher.ahead import Ahead
 from moe_forward.batcher.limits import BatchLimits, Queued
 from moe_forward.batcher.pace import Pace
-from moe_forward.batcher.queue import Ahead, Batcher
+from moe_forward.batcher.queue import Batcher
 
 __all__ = ["IN_TIME_PART", "Ahead", "BatchLimits", "Batcher", "Pace", "Queued"]

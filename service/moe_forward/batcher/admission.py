@@ -39,6 +39,16 @@ def most_step_tokens(given_seconds: float, limits: BatchLimits, pace: Pace) -> f
     return min(limits.max_step_tokens, pace.tokens_within(STEP_PART * given_seconds))
 
 
+def longest_wait_seconds(requests: int, tokens: int, lines: int, limits: BatchLimits, pace: Pace) -> float:
+    """Return what `wait_seconds` says at most, whoever asks, behind so much: a sum for nearly all who are in time.
+
+    Every step as long as the longest, and as small as the shortest time given makes it.
+    """
+    fewest_tokens = min(limits.max_step_tokens, pace.fewest_tokens)
+    steps = 1 + 1.5 * lines + tokens / fewest_tokens + requests / limits.max_step_requests
+    return steps * pace.longest_seconds
+
+
 def wait_seconds(backlog: Backlog, most_tokens: float, most_requests: int, pace: Pace) -> float | None:
     """Return how long ranks that are free need until they have answered the request; None before any step.
 

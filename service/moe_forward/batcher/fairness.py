@@ -12,7 +12,7 @@ import heapq
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from moe_forward.batcher.limits import BatchLimits, Key, Queued
+from moe_forward.batcher.limits import BatchLimits, Queued
 
 RESERVE_PART = 4
 """A queue that is full keeps this part of its size for clients that have less than their share of it."""
@@ -72,23 +72,23 @@ class Clients:
 
     def joined(self, item: Queued) -> None:
         """Note a request that waits from now on."""
-        client = item.request.client
+        client, tokens = item.request.client, item.request.tokens
         account = self._waiting.get(client)
         if account is None:
             account = self._waiting[client] = _Account(max(self._clock, self._ahead.pop(client, self._clock)))
         account.requests += 1
-        account.tokens += item.request.tokens
-        if not self._limits.is_large(item.request.tokens):
-            account.small_tokens += item.request.tokens
+        account.tokens += tokens
+        if not item.large:
+            account.small_tokens += tokens
 
     def left(self, item: Queued) -> None:
         """Note a request that waits no more, served or not."""
-        client = item.request.client
+        client, tokens = item.request.client, item.request.tokens
         account = self._waiting[client]
         account.requests -= 1
-        account.tokens -= item.request.tokens
-        if not self._limits.is_large(item.request.tokens):
-            account.small_tokens -= item.request.tokens
+        account.tokens -= tokens
+        if not item.large:
+            account.small_tokens -= tokens
         if not account.requests:
             del self._waiting[client]
             if account.given > self._clock:
@@ -113,7 +113,7 @@ class FairQueue:
     def __init__(self, clients: Clients, limits: BatchLimits) -> None:
         self._clients = clients
         self._limits = limits
-        self._waiting: dict[int, OrderedDict[Key, Queued]] = {}
+        self._waiting: dict[int, OrderedDict[Queued, None]] = {}  # by client, in order of arrival
         # A client's place may say less than it was given meanwhile, and is put right when it comes to the front.
         self._places: list[tuple[float, float, int]] = []  # given, arrival of its first, client
         self._placed: set[int] = set()
@@ -128,7 +128,10 @@ class FairQueue:
     def add(self, item: Queued) -> None:
         """Queue a request that its client's account knows."""
         client = item.request.client
-        self._waiting.setdefault(client, OrderedDict())[item.key] = item
+        mine = self._waiting.get(client)
+        if mine is None:
+            mine = self._waiting[client] = OrderedDict()
+        mine[item] = None
         if client not in self._placed:
             self._placed.add(client)
             heapq.heappush(self._places, (self._clients.given(client), item.arrived_seconds, client))
@@ -138,7 +141,7 @@ class FairQueue:
     def remove(self, item: Queued) -> None:
         """Take a request out, wherever it stands."""
         mine = self._waiting[item.request.client]
-        del mine[item.key]
+        del mine[item]
         if not mine:
             del self._waiting[item.request.client]
         self.requests -= 1
@@ -151,7 +154,7 @@ class FairQueue:
 
     def first(self) -> Queued:
         """Return whose turn it is; there must be one."""
-        return next(iter(self._waiting[self._settled()[2]].values()))
+        return next(iter(self._waiting[self._settled()[2]]))
 
     def _settled(self) -> tuple[float, float, int]:
         while True:
@@ -161,7 +164,7 @@ class FairQueue:
                 heapq.heappop(self._places)
                 self._placed.discard(place[2])
                 continue
-            now = (self._clients.given(place[2]), next(iter(mine.values())).arrived_seconds, place[2])
+            now = (self._clients.given(place[2]), next(iter(mine)).arrived_seconds, place[2])
             if now == place:
                 return place
             heapq.heapreplace(self._places, now)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from moe_forward.types import ForwardRequest
+from moe_forward.messages import Ticket
 
 SMALL_PART = 8
 """A request of at most this part of a step is small: eight of them fit, and one adds little to a step's time."""
@@ -36,18 +36,18 @@ class BatchLimits:
         return tokens * SMALL_PART > self.max_step_tokens
 
 
-class Queued(NamedTuple):
-    """A waiting request and when it arrived (CLOCK_MONOTONIC)."""
+class Queued:
+    """A waiting request. arrived_seconds: when it came (CLOCK_MONOTONIC). large: small ones go before it.
 
-    request: ForwardRequest
-    arrived_seconds: float
+    key: what it is called. given_seconds: from its arrival to its deadline. Worked out once, and equal to itself only:
+    the queue asks for them a dozen times, and keeps requests in dictionaries.
+    """
 
-    @property
-    def key(self) -> Key:
-        """What the request is called."""
-        return self.request.front, self.request.request
+    __slots__ = ("arrived_seconds", "given_seconds", "key", "large", "request")
 
-    @property
-    def given_seconds(self) -> float:
-        """From its arrival to its deadline."""
-        return self.request.deadline_seconds - self.arrived_seconds
+    def __init__(self, request: Ticket, arrived_seconds: float, large: bool = False) -> None:
+        self.request = request
+        self.arrived_seconds = arrived_seconds
+        self.large = large
+        self.key: Key = (request.front, request.request)
+        self.given_seconds = request.deadline_seconds - arrived_seconds

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 
 from moe_forward.batcher.fairness import Clients, FairQueue
-from moe_forward.batcher.limits import BatchLimits, Key, Queued
+from moe_forward.batcher.limits import BatchLimits, Queued
 from moe_forward.batcher.pace import Pace
 from moe_forward.batcher.patience import Company, due_seconds
 
@@ -17,7 +17,7 @@ class Line:
     def __init__(self, clients: Clients, limits: BatchLimits, pace: Pace) -> None:
         self._limits = limits
         self._pace = pace
-        self._waiting: OrderedDict[Key, Queued] = OrderedDict()
+        self._waiting: OrderedDict[Queued, None] = OrderedDict()  # in order of arrival
         self._last_seconds = 0.0
         self._due: tuple[float, float] | None = None  # of small and large ones, until something comes or goes
         self.company = Company(limits.max_wait_seconds)
@@ -32,18 +32,20 @@ class Line:
         """Whether what waits here fills a step."""
         return self.small.is_full or self.large.is_full
 
-    def add(self, item: Queued) -> None:
-        """Queue a request."""
+    def add(self, item: Queued) -> bool:
+        """Queue a request; tells whether its kind fills a step now."""
         self._due = None
         self._last_seconds = item.arrived_seconds
         self.company.arrived(item.arrived_seconds, alone=not self._waiting)
-        self._waiting[item.key] = item
-        self._queue_of(item).add(item)
+        self._waiting[item] = None
+        queue = self._queue_of(item)
+        queue.add(item)
+        return queue.is_full
 
     def remove(self, item: Queued) -> None:
         """Take a request out."""
         self._due = None
-        del self._waiting[item.key]
+        del self._waiting[item]
         self._queue_of(item).remove(item)
 
     def small_due_seconds(self) -> float:
@@ -60,7 +62,7 @@ class Line:
     def _due_seconds(self) -> tuple[float, float]:
         if self._due is None:
             due = due_seconds(
-                next(iter(self._waiting.values())).arrived_seconds,
+                next(iter(self._waiting)).arrived_seconds,
                 self._last_seconds,
                 len(self._waiting),
                 self.company.gap_seconds,
@@ -71,7 +73,7 @@ class Line:
         return self._due
 
     def _queue_of(self, item: Queued) -> FairQueue:
-        return self.large if self._limits.is_large(item.request.tokens) else self.small
+        return self.large if item.large else self.small
 
 
 def _due_of(queue: FairQueue, due: float) -> float:

@@ -19,10 +19,16 @@ class _Size:
 
 
 class Pace:
-    """Moving averages. tokens_per_second: while ranks compute; 0 before the first step."""
+    """Moving averages. tokens_per_second: while ranks compute; 0 before the first step. steps: that were learned from.
+
+    longest_seconds: what `expected_seconds` says at most. fewest_tokens: what `tokens_within` says at least.
+    """
 
     def __init__(self) -> None:
         self.tokens_per_second = 0.0
+        self.steps = 0
+        self.longest_seconds = 0.0
+        self.fewest_tokens = math.inf
         self._sizes: dict[int, _Size] = {}  # by bits of the number of tokens
         self._ascending: list[_Size] = []
         self._tokens: list[float] = []  # of the ascending sizes, as their seconds: every request is looked up in them
@@ -47,6 +53,9 @@ class Pace:
             other.seconds = min(max(other.seconds, size.seconds * min(1.0, times)), size.seconds * max(1.0, times))
         self._tokens = [other.tokens for other in self._ascending]
         self._seconds = [other.seconds for other in self._ascending]
+        self.steps += 1
+        self.longest_seconds = max(self._seconds)
+        self.fewest_tokens = self.tokens_within(0.0)
 
     def step_seconds(self, tokens: int) -> float | None:
         """Return how long a step of `tokens` takes, by those nearest in size (a factor of two); None before any."""

@@ -5,41 +5,19 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
-from moe_forward.batcher.admission import IN_TIME_PART, Backlog, most_step_tokens, wait_seconds
+from moe_forward.batcher.admission import IN_TIME_PART, Backlog, longest_wait_seconds, most_step_tokens, wait_seconds
+from moe_forward.batcher.ahead import COPY_LEAD_SECONDS, LEAD_SECONDS, Ahead
 from moe_forward.batcher.fairness import Clients, FairQueue
 from moe_forward.batcher.limits import BatchLimits, Key, Queued
 from moe_forward.batcher.line import Line
 from moe_forward.batcher.pace import Pace
-from moe_forward.types import ForwardRequest
+from moe_forward.messages import Ticket
 
 LARGE_TURN_STEPS = 4.0
 """Full steps that large requests wait at most while small ones go before them: a fifth of the time is theirs."""
 LARGE_SLOWDOWN = 1 + 1 / LARGE_TURN_STEPS
 """How much longer small requests wait for that."""
-LEAD_SECONDS = 100e-6
-"""How long before the ranks are free a step that could still grow leaves: not longer than the way to them and back."""
-COPY_LEAD_SECONDS = 1e-3
-"""The same for a full step of large requests, whose rows take that long to a device."""
-
-
-class Ahead(NamedTuple):
-    """What is at the ranks already. end_seconds: when it is expected to be done; infinite where that is not known.
-
-    last_seconds: how long the last step of it takes. large: there are large requests in it.
-    """
-
-    end_seconds: float
-    last_seconds: float
-    large: bool
-
-    def leave_seconds(self, lead_seconds: float) -> float:
-        """Return when to send the next step: so long before the end, but not before half of the last step is over,
-        since short steps, too, shall gather who comes while they run."""
-        if self.end_seconds == math.inf:
-            return math.inf
-        return self.end_seconds - min(lead_seconds, self.last_seconds / 2)
 
 
 class Batcher:
@@ -60,20 +38,19 @@ class Batcher:
         self.requests = 0
         self.tokens = 0
 
-    def add(self, request: ForwardRequest, now: float) -> bool:
+    def add(self, request: Ticket, now: float) -> bool:
         """Queue a request; False when the queue has no room for it."""
         if not self._clients.may_queue(request.client, request.tokens, self.requests, self.tokens):
             return False
-        item = Queued(request, now)
-        if self._limits.is_large(request.tokens):
+        item = Queued(request, now, self._limits.is_large(request.tokens))
+        if item.large:
             self._large_since = min(self._large_since, now)
         else:
             self._small_requests += 1
         self._items[item.key] = item
         self._clients.joined(item)
         line = self._busy[request.layer] = self._line(request.layer)
-        line.add(item)
-        if line.is_full:
+        if line.add(item):
             self._full.add(request.layer)
         self.requests += 1
         self.tokens += request.tokens
@@ -81,13 +58,15 @@ class Batcher:
             self._remember_deadline(request.deadline_seconds, item.key)
         return True
 
-    def late_seconds(self, request: ForwardRequest, now: float, ahead: Ahead | None = None) -> float | None:
+    def late_seconds(self, request: Ticket, now: float, ahead: Ahead | None = None) -> float | None:
         """Return in how many seconds a request would be answered if that is too late; None: in time, or not known.
 
         ahead: as for `next_step`. Who finds the queue empty is never late: that is how a new pace is learned.
         """
         left_seconds = request.deadline_seconds - now
         if not self.requests or not 0 < left_seconds < math.inf:
+            return None
+        if self.in_time_at_worst(request, now, ahead):
             return None
         most_tokens = most_step_tokens(left_seconds, self._limits, self.pace)
         seconds = wait_seconds(self._backlog(request), most_tokens, self._limits.max_step_requests, self.pace)
@@ -96,6 +75,15 @@ class Batcher:
         if ahead is not None:
             seconds += max(0.0, ahead.end_seconds - now)
         return seconds if seconds > IN_TIME_PART * left_seconds else None
+
+    def in_time_at_worst(self, request: Ticket, now: float, ahead: Ahead | None = None) -> bool:
+        """Tell whether a request is in time whatever the fair order says: a short sum, which is enough for most."""
+        seconds = longest_wait_seconds(
+            self.requests + 1, self.tokens + request.tokens, len(self._busy) + 1, self._limits, self.pace
+        )
+        if ahead is not None:
+            seconds += max(0.0, ahead.end_seconds - now)
+        return seconds <= IN_TIME_PART * (request.deadline_seconds - now)
 
     def drain_seconds(self, client: int) -> float | None:
         """Return how long a client's waiting requests need to leave the queue; None before any step has finished."""
@@ -179,7 +167,7 @@ class Batcher:
         self.pace.finished(tokens, step_seconds)
         self._line(layer).company.answered(sent_seconds, now)
 
-    def _backlog(self, request: ForwardRequest) -> Backlog:
+    def _backlog(self, request: Ticket) -> Backlog:
         tokens = before = self.tokens + request.tokens
         if not self._limits.is_large(request.tokens):  # or all that waits goes first
             small = self._clients.small_tokens_before(request.client, request.tokens)
@@ -248,14 +236,14 @@ class Batcher:
         del self._items[item.key]
         line = self._busy[item.request.layer]
         line.remove(item)
-        if not line.is_full:
+        if item.request.layer in self._full and not line.is_full:
             self._full.discard(item.request.layer)
         if not line:
             del self._busy[item.request.layer]
         self._clients.left(item)
         self.requests -= 1
         self.tokens -= item.request.tokens
-        if not self._limits.is_large(item.request.tokens):
+        if not item.large:
             self._small_requests -= 1
         elif self.requests == self._small_requests:
             self._large_since = math.inf
@@ -273,7 +261,7 @@ class Batcher:
 
 
 def _hurry_seconds(ahead: Ahead | None) -> float:
-    return -math.inf if ahead is None else ahead.leave_seconds(LEAD_SECONDS)
+    return -math.inf if ahead is None else ahead.hurry_seconds
 
 
 def _small_ready(line: Line, hurry: float) -> float:
