@@ -10,7 +10,7 @@ from w4afp8.activations import check_scales
 from w4afp8.library import BF16, F32, FP8, INT4, PLAIN, SWIGLU, GroupedGemmArguments, load
 from w4afp8.packed import GROUPS, PackedWeight, blocks_shape
 from w4afp8.packed_fp8 import blocks_shape as fp8_blocks_shape
-from w4afp8.pointers import address, aligned_address, check_tensor, cuda_device
+from w4afp8.pointers import address, aligned_address, check_tensor, cuda_device, stream_address
 from w4afp8.tensors import Quantized
 
 Epilogue = Literal["plain", "swiglu"]
@@ -99,11 +99,9 @@ def grouped_gemm(
         y_type=_TYPES[dtype],
         early_start=int(early_start),
         device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        stream=stream_address(device),
     )
-    library = load()
-    with torch.cuda.device(device):
-        library.grouped_gemm(arguments)
+    load().grouped_gemm(arguments)
     return out
 
 

@@ -47,7 +47,7 @@ def slice_weight(weight: torch.Tensor) -> SlicedWeight:
     """
     if weight.dtype != torch.float32 or weight.ndim != 2 or weight.shape[1] == 0:
         raise ValueError(f"weight: expected float32 [E, H], got {weight.dtype} {list(weight.shape)}")
-    return SlicedWeight(*_slices(weight, _slice_bits(weight.shape[1])))
+    return SlicedWeight(*_slices(weight, slice_bits(weight.shape[1])))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | SlicedWeight) -> torch.Tensor:
@@ -64,7 +64,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor | SlicedWeight) -> torch.Tensor
     if x.ndim != 2 or len(shape) != 2 or x.shape[1] != shape[1] or x.shape[1] == 0:
         raise ValueError(f"x, weight: expected [T, H] and [E, H], got {list(x.shape)} and {shape}")
     inputs = x.shape[1]
-    bits = _slice_bits(inputs)
+    bits = slice_bits(inputs)
     y = torch.empty(x.shape[0], shape[0], dtype=torch.float32, device=x.device)
     tokens = max(1, (_CUDA_TOKEN_ELEMENTS if x.is_cuda else _TOKEN_ELEMENTS) // inputs)
     outputs = max(1, shape[0] if isinstance(weight, SlicedWeight) else _WEIGHT_ELEMENTS // inputs)
@@ -76,7 +76,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor | SlicedWeight) -> torch.Tensor
     return y
 
 
-def _slice_bits(inputs: int) -> int:
+def slice_bits(inputs: int) -> int:
+    """Return how many bits a slice has where `inputs` products of two slices are added up exactly."""
     return (_DOUBLE_BITS - (inputs - 1).bit_length()) // 2
 
 

@@ -50,3 +50,9 @@ def cuda_device(name: str, tensor: torch.Tensor) -> torch.device:
     if tensor.device.type != "cuda":
         raise ValueError(f"{name}: expected a CUDA tensor, got one on {tensor.device}")
     return tensor.device
+
+
+def stream_address(device: torch.device) -> int:
+    """Return the current stream of a CUDA device, as kernels are launched on it. device: with its index."""
+    stream: int = torch.cuda.current_stream(device.index).cuda_stream  # by the index: a device is looked up for longer
+    return stream

@@ -8,7 +8,7 @@ import torch
 
 from w4afp8.activations import scale_columns
 from w4afp8.library import AS_IS, BF16, F16, F32, HALVES, INTERLEAVED, QuantizeArguments, load
-from w4afp8.pointers import address, aligned_address, check_tensor, cuda_device
+from w4afp8.pointers import address, aligned_address, check_tensor, cuda_device, stream_address
 from w4afp8.tensors import Granularity, Quantized
 
 Overflow = Literal["zero", "nan"]
@@ -116,11 +116,9 @@ def _launch(
         x_type=_TYPES[x.dtype],
         token_group=int(granularity == "token_group"),
         device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        stream=stream_address(device),
         activation=activation,
         nan_scales=int(overflow == "nan"),
     )
-    library = load()
-    with torch.cuda.device(device):
-        library.quantize(arguments)
+    load().quantize(arguments)
     return Quantized(values, scales), non_finite

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_forward.cuda_graphs import Record, Work, buckets
 from moe_forward.errors import StartError
 from moe_forward.experts import PhaseClock
-from moe_forward.layer_forward import LayerForward, StepCounts
+from moe_forward.layer_forward import LayerForward, Room, StepNotes
 from moe_forward.slab_rows import wait
 from moe_forward.stopwatch import DeviceStopwatch, Event, Span, Untimed, graph_pairs
 from w4afp8 import Quantized
@@ -57,46 +57,50 @@ class GraphedForward:
         self._tokens, self._ids, self._weights = shape.example(max_tokens)
         self._shared = torch.zeros(max_tokens, dtype=torch.bool, device=shape.device)
         self._output = torch.empty(max_tokens, shape.hidden_size, device=shape.device)
-        self._counts = StepCounts.zeros(shape)
+        self._notes = StepNotes.zeros(shape, max_tokens)
 
-    def forward(
-        self,
-        layer: int,
-        tokens: Quantized,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        shared_tokens: Tensor | None,
-        clock: PhaseClock,
-        *,
-        most_tokens: int | None = None,
-        counts: StepCounts | None = None,
-    ) -> Tensor:
+    def room(self, tokens: int, most_tokens: int) -> Room:
+        """Return where to lay a step in which this rank has `tokens`: what graphs read, unless it goes in chunks.
+
+        most_tokens: the largest number of tokens of all ranks.
+        """
+        if most_tokens > self._buckets[-1]:
+            return Room.new(self.shape, tokens)
+        bucket = self._bucket(most_tokens)
+        return Room(
+            Quantized(self._tokens.values[:tokens], self._tokens.scales[:tokens]),
+            self._ids[:bucket],
+            self._weights[:bucket],
+            self._shared[:tokens],
+            self._notes.first(tokens),
+        )
+
+    def forward(self, layer: int, room: Room, with_shared: bool, clock: PhaseClock, *, most_tokens: int) -> Tensor:
         """Forward this rank's tokens; collective. See `LayerForward.forward`.
 
-        most_tokens: the largest T of all ranks, the same on all of them; None: T is.
-        counts: written over with what is counted of this forward.
+        room, most_tokens: what `room` returned last, and was asked with; the same `most_tokens` on every rank.
         Returns: [T, H] float32, valid until the next call.
         """
-        count = topk_ids.shape[0]
-        most = count if most_tokens is None else most_tokens
-        largest = self._buckets[-1]
+        tokens = room.tokens.values.shape[0]
+        if most_tokens > self._buckets[-1]:
+            return self._forward_chunks(layer, room, with_shared, clock, most_tokens)
+        self._run(layer, self._bucket(most_tokens), with_shared, clock, alone=True)
+        return self._output[:tokens]
+
+    def _forward_chunks(self, layer: int, room: Room, with_shared: bool, clock: PhaseClock, most_tokens: int) -> Tensor:
+        tokens, largest = room.tokens.values.shape[0], self._buckets[-1]
         parts = []
-        for first in range(0, most, largest):
-            part = slice(min(first, count), min(first + largest, count))
-            shared = None if shared_tokens is None else shared_tokens[part]
-            bucket = self._bucket(min(most - first, largest))
-            self._fill(
-                bucket, Quantized(tokens.values[part], tokens.scales[part]), topk_ids[part], topk_weights[part], shared
-            )
-            self._run(layer, bucket, shared is not None, clock, alone=most <= largest)
-            parts.append(self._output[: part.stop - part.start])
-            if most > largest:
-                parts[-1] = parts[-1].clone()
-            if counts is not None and first == 0:
-                counts.values.copy_(self._counts.values)
-            elif counts is not None:
-                counts.values.add_(self._counts.values)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        for first in range(0, most_tokens, largest):
+            part = slice(min(first, tokens), min(first + largest, tokens))
+            bucket = self._bucket(min(most_tokens - first, largest))
+            chunk = Quantized(room.tokens.values[part], room.tokens.scales[part])
+            self._fill(bucket, chunk, room.ids[part], room.weights[part])
+            if with_shared:
+                self._shared[: part.stop - part.start].copy_(room.shared[part])
+            self._run(layer, bucket, with_shared, clock, alone=False)
+            parts.append(self._output[: part.stop - part.start].clone())
+            room.notes.values.add_(self._notes.values)
+        return torch.cat(parts)
 
     def warm_up(self, layers: Sequence[int]) -> None:
         """Run every bucket once and capture the graphs; collective, in the same order on every rank.
@@ -107,7 +111,7 @@ class GraphedForward:
         for bucket in reversed(self._buckets):  # the largest first: the others fit into its memory
             for shared in sorted({False, self.shape.shared}):
                 with _named(layers[0], bucket):
-                    self._fill(bucket, *self.shape.example(bucket), None)
+                    self._fill(bucket, *self.shape.example(bucket))
                     self._compute(layers[0], bucket, shared, Untimed())
                     wait(self.shape.device)
                 for layer in layers if bucket <= self._max_graph_tokens else ():
@@ -140,27 +144,25 @@ class GraphedForward:
             clock.add(graph.spans)
 
     def _compute(self, layer: int, bucket: int, shared: bool, clock: PhaseClock) -> None:
-        self._forward.forward(
+        self._forward.compute(
             layer,
             Quantized(self._tokens.values[:bucket], self._tokens.scales[:bucket]),
             self._ids[:bucket],
             self._weights[:bucket],
             self._shared[:bucket] if shared else None,
             clock,
-            counts=self._counts,
+            notes=self._notes,
             out=self._output[:bucket],
         )
 
-    def _fill(self, bucket: int, tokens: Quantized, ids: Tensor, weights: Tensor, shared: Tensor | None) -> None:
-        """Copy a chunk into the fixed inputs; what it leaves of the bucket becomes padding."""
+    def _fill(self, bucket: int, tokens: Quantized, ids: Tensor, weights: Tensor) -> None:
+        """Copy a chunk into what graphs read; what it leaves of the bucket becomes padding."""
         count = ids.shape[0]
         self._tokens.values[:count].view(torch.uint8).copy_(tokens.values.view(torch.uint8))
         self._tokens.scales[:count].copy_(tokens.scales)
         self._ids[:count].copy_(ids)
         self._ids[count:bucket].fill_(-1)
         self._weights[:count].copy_(weights)
-        if shared is not None:
-            self._shared[:count].copy_(shared)
 
     def _bucket(self, tokens: int) -> int:
         return next(bucket for bucket in self._buckets if bucket >= tokens)

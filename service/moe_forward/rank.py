@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from moe_forward.expert_map import expert_map, place_routes, shard
 from moe_forward.experts import Experts
 from moe_forward.graphed_router import GraphedRouter
 from moe_forward.graphs import GraphedForward
-from moe_forward.layer_forward import LayerForward, StepCounts
+from moe_forward.layer_forward import LayerForward, Room, StepNotes
+from moe_forward.moves import Mover
 from moe_forward.router import Router
 from moe_forward.segments import Segment
 from moe_forward.slab_rows import Run, convert_runs, read_runs, to_host, write_runs
@@ -24,14 +26,13 @@ from moe_forward.types import ModelSpec, Routing, Step, StepResult
 from w4afp8 import Quantized
 
 
-class _Counted(NamedTuple):
+class _Told(NamedTuple):
     """What a step leaves on the host beside its outputs.
 
-    bad_rows: [T] bool. counts: of the step. missing_rows: [T] int64 routes to missing experts; None: none is missing.
+    notes: of the step. missing_rows: [T] int64 routes to missing experts; None: none is missing.
     """
 
-    bad_rows: Tensor
-    counts: StepCounts
+    notes: StepNotes
     missing_rows: Tensor | None
 
 
@@ -49,9 +50,7 @@ class Launched:
     pending: the copies that end it. tell: makes the result. held: device memory that the copies read, kept for them.
     """
 
-    def __init__(
-        self, pending: Pending[_Counted], tell: Callable[[_Counted], StepResult], held: tuple[Tensor, ...]
-    ) -> None:
+    def __init__(self, pending: Pending[_Told], tell: Callable[[_Told], StepResult], held: tuple[Tensor, ...]) -> None:
         self._pending = pending
         self._tell = tell
         self._held = held
@@ -122,29 +121,24 @@ class Rank:
         """
         clock = self._clock(step.step)
         runs = self._copies.read(partial(self._read, step, slabs, clock))
+        most_tokens = -(-step.tokens // self._ranks)
+        room = self._forward.room(sum(run.tokens for run in runs), most_tokens)
         with clock("quantize"):
-            tokens, bad_tokens, requantized_tokens = self._quantize(runs)
+            requantized_tokens = self._quantize(runs, room)
         with clock("route"):
-            topk_ids, topk_weights, bad_routes = self._route(step.layer, runs)
-            topk_ids, missing_rows = self._place(topk_ids)
-        counts = StepCounts.empty(self._shape)
-        output = self._forward.forward(
-            step.layer,
-            tokens,
-            topk_ids,
-            topk_weights,
-            self._wanting_shared(runs),
-            clock,
-            most_tokens=-(-step.tokens // self._ranks),
-            counts=counts,
-        )
+            self._route(step.layer, runs, room)
+            missing_rows = self._place(room)
+        with_shared = self._want_shared(runs, room)
+        output = self._forward.forward(step.layer, room, with_shared, clock, most_tokens=most_tokens)
         rows = convert_runs(output, runs)
-        bad_rows = bad_tokens if bad_routes is None else bad_tokens | bad_routes
-        counted = _Counted(bad_rows, counts, missing_rows)
-        pending = self._copies.write(partial(_write, rows, runs, slabs, counted, clock))
+        # On the stream that computes: the next step writes over what is noted.
+        told = _Told(
+            room.notes.over(to_host(room.notes.memory)), None if missing_rows is None else to_host(missing_rows)
+        )
+        pending = self._copies.write(partial(_write, rows, runs, slabs, told, clock))
         # `tell` holds the rows that were read; both sides of every copy live until the step is finished.
         tell = partial(self._tell, step, runs, clock, requantized_tokens)
-        held = (*rows, counted.bad_rows, counts.values, *(() if missing_rows is None else (missing_rows,)))
+        held = (*rows, room.notes.memory, *(() if missing_rows is None else (missing_rows,)))
         launched = Launched(pending, tell, held)
         if isinstance(clock, DeviceStopwatch):
             self._timed = launched
@@ -159,29 +153,27 @@ class Rank:
         under_way = self._timed is not None and not self._timed.finished
         return Untimed() if under_way and isinstance(clock, DeviceStopwatch) else clock
 
-    def _read(self, step: Step, slabs: Mapping[int, Tensor], clock: Clock) -> list[Run]:
+    def _read(self, step: Step, slabs: Mapping[int, Tensor], clock: Clock, mover: Mover) -> list[Run]:
         with clock("host_copy"):
-            return read_runs(step, self._rank, self._ranks, slabs, self._shape.device)
+            return read_runs(step, self._rank, self._ranks, slabs, self._shape.device, mover)
 
-    def _tell(
-        self, step: Step, runs: list[Run], clock: Clock, requantized_tokens: int, counted: _Counted
-    ) -> StepResult:
+    def _tell(self, step: Step, runs: list[Run], clock: Clock, requantized_tokens: int, told: _Told) -> StepResult:
         """Make the result of a step that is done."""
-        dispatch_bytes, combine_bytes = counted.counts.moved_bytes.tolist()
-        offsets = counted.counts.offsets[: self._local_experts + 1]
+        counts = told.notes.values[: self._local_experts + 3].tolist()
+        dispatch_bytes, combine_bytes, *offsets = counts
         segments = [segment for run in runs for segment in run.segments]
-        missing = () if counted.missing_rows is None else _added(counted.missing_rows, segments, len(step.requests))
+        missing = () if told.missing_rows is None else _added(told.missing_rows, segments, len(step.requests))
         return StepResult(
             step.step,
             step.generation,
             self._rank,
             clock.phase_seconds,
-            routed_rows=int(offsets[-1]),
+            routed_rows=offsets[-1],
             requantized_tokens=requantized_tokens,
-            non_finite=_requests_with(counted.bad_rows, segments),
+            non_finite=_requests_with(told.notes.non_finite, segments),
             dispatch_bytes=dispatch_bytes,
             combine_bytes=combine_bytes,
-            expert_rows=tuple(offsets.diff().tolist()) if self._expert_metrics else (),
+            expert_rows=tuple(end - start for start, end in pairwise(offsets)) if self._expert_metrics else (),
             missing_routes=missing,
         )
 
@@ -194,53 +186,44 @@ class Rank:
         """Leave the group, with every other rank."""
         self._forward.close()
 
-    def _quantize(self, runs: list[Run]) -> tuple[Quantized, Tensor, int]:
-        """Return ([T, H] fp8 with scales, [T] bool rows with NaN or Inf, rows that came with the other granularity)."""
-        shape = self._shape
-        values, scales, bad = list[Tensor](), list[Tensor](), list[Tensor]()
+    def _quantize(self, runs: list[Run], room: Room) -> int:
+        """Lay the runs' tokens into `room` as fp8, and note rows with NaN or Inf.
+
+        Returns: the rows that came with the other granularity of scales.
+        """
         requantized_tokens = 0
-        if not runs:
-            values.append(torch.empty(0, shape.hidden_size, dtype=torch.uint8, device=shape.device))
-            scales.append(torch.empty(0, shape.scale_columns, device=shape.device))
-            bad.append(torch.empty(0, dtype=torch.bool, device=shape.device))
         for run in runs:
+            rows = slice(run.first, run.first + run.tokens)
+            laid, flags = Quantized(room.tokens.values[rows], room.tokens.scales[rows]), room.notes.non_finite[rows]
             if run.hidden_scales is None:
-                tokens, non_finite = self._experts.quantize(run.hidden)
-            else:
-                received = Quantized(run.hidden, run.hidden_scales)
-                non_finite = w4afp8.check_quantized(received)
-                tokens = w4afp8.zero_rows(received, non_finite)
-                if run.hidden_scales.shape[1] != shape.scale_columns:
-                    tokens = self._requantize(tokens)
-                    requantized_tokens += run.tokens
-            values.append(tokens.values.view(torch.uint8))
-            scales.append(tokens.scales)
-            bad.append(non_finite)
-        joined = Quantized(_joined(values).view(torch.float8_e4m3fn), _joined(scales))
-        return joined, _joined(bad), requantized_tokens
+                self._experts.quantize(run.hidden, out=(laid, flags))
+                continue
+            received = Quantized(run.hidden, run.hidden_scales)
+            flags.copy_(w4afp8.check_quantized(received))
+            tokens = w4afp8.zero_rows(received, flags)
+            if run.hidden_scales.shape[1] != self._shape.scale_columns:
+                tokens = self._requantize(tokens)
+                requantized_tokens += run.tokens
+            laid.values.view(torch.uint8).copy_(tokens.values.view(torch.uint8))
+            laid.scales.copy_(tokens.scales)
+        return requantized_tokens
 
     def _requantize(self, tokens: Quantized) -> Quantized:
         """Give fp8 tokens this service's granularity; a token that exceeds float32 gets NaN scales."""
         quantized, overflowed = self._experts.quantize(w4afp8.dequantize_tokens(tokens))
         return Quantized(quantized.values, quantized.scales.masked_fill(overflowed.unsqueeze(1), torch.nan))
 
-    def _route(self, layer: int, runs: list[Run]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return ([T, K] int64 or int32 expert ids, [T, K] float32 weights, [T] bool rows whose logits are not finite).
-
-        The last is None where clients chose for all of them.
-        """
-        shape = self._shape
+    def _route(self, layer: int, runs: list[Run], room: Room) -> None:
+        """Lay the runs' routes into `room`, none for its padding, and note rows whose logits are not finite."""
         if not runs:
-            no_ids = torch.empty(0, shape.top_k, dtype=torch.int64, device=shape.device)
-            return no_ids, torch.empty(0, shape.top_k, device=shape.device), None
-        routes = [self._route_run(layer, run) for run in runs]
-        bad = None
-        if any(route.non_finite is not None for route in routes):
-            bad = _joined([self._flags(run, route) for run, route in zip(runs, routes, strict=True)])
-        ids = [route.ids for route in routes]
-        if len({part.dtype for part in ids}) > 1:
-            ids = [part.long() for part in ids]
-        return _joined(ids), _joined([route.weights for route in routes]), bad
+            room.ids.fill_(-1)
+        for run in runs:
+            ids, weights, non_finite = self._route_run(layer, run)
+            behind = run.first + run.tokens
+            rows = slice(run.first, None if run is runs[-1] else behind)
+            self._experts.pad_routes(ids, weights, room.ids[rows], room.weights[rows])
+            if non_finite is not None:
+                room.notes.non_finite[run.first : behind].logical_or_(non_finite)
 
     def _route_run(self, layer: int, run: Run) -> _Routed:
         if run.segments[0].request.routing == Routing.TOPK:
@@ -251,37 +234,36 @@ class Rank:
             return _Routed(*self._router.by_logits(layer, run.chosen))
         return _Routed(*self._router.by_hidden(layer, _floats(run)))
 
-    def _flags(self, run: Run, routed: _Routed) -> Tensor:
-        if routed.non_finite is not None:
-            return routed.non_finite
-        return torch.zeros(run.tokens, dtype=torch.bool, device=self._shape.device)
-
-    def _place(self, topk_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return ids as the group numbers experts and, where it lacks some, [T] int64 routes to those."""
-        return (topk_ids, None) if self._expert_map is None else place_routes(topk_ids.long(), self._expert_map)
-
-    def _wanting_shared(self, runs: list[Run]) -> Tensor | None:
-        """Return [T] bool: rows whose request wants the shared experts' output; None where no row gets it."""
-        segments = [segment for run in runs for segment in run.segments]
-        if not self._shape.shared or not any(segment.request.shared_experts for segment in segments):
+    def _place(self, room: Room) -> Tensor | None:
+        """Number experts as the group does. Returns: where it lacks some, [T] int64 routes to those."""
+        if self._expert_map is None:
             return None
+        placed = place_routes(room.ids, self._expert_map)
+        room.ids.copy_(placed.ids)
+        return placed.missing[: room.tokens.values.shape[0]]
+
+    def _want_shared(self, runs: list[Run], room: Room) -> bool:
+        """Mark rows whose request wants the shared experts' output. Returns: whether any row gets it."""
+        segments = [segment for run in runs for segment in run.segments]
+        wanting = [segment.request.shared_experts for segment in segments]
+        if not self._shape.shared or not any(wanting):
+            return False
         # Filled on the device: a tensor made on the host would be waited for on its way there.
-        wanting = torch.zeros(sum(run.tokens for run in runs), dtype=torch.bool, device=self._shape.device)
+        room.shared.fill_(True)
         row = 0
-        for segment in segments:
-            if segment.request.shared_experts:
-                wanting[row : row + segment.tokens].fill_(True)
+        for segment, wants in zip(segments, wanting, strict=True):
+            if not wants:
+                room.shared[row : row + segment.tokens].fill_(False)
             row += segment.tokens
-        return wanting
+        return True
 
 
 def _write(
-    rows: list[Tensor], runs: list[Run], slabs: Mapping[int, Tensor], counted: _Counted, clock: Clock
-) -> _Counted:
+    rows: list[Tensor], runs: list[Run], slabs: Mapping[int, Tensor], told: _Told, clock: Clock, mover: Mover
+) -> _Told:
     with clock("host_copy"):
-        write_runs(rows, runs, slabs)
-        missing_rows = None if counted.missing_rows is None else to_host(counted.missing_rows)
-        return _Counted(to_host(counted.bad_rows), StepCounts(to_host(counted.counts.values)), missing_rows)
+        write_runs(rows, runs, slabs, mover)
+    return told
 
 
 def _floats(run: Run) -> Tensor:
@@ -291,22 +273,17 @@ def _floats(run: Run) -> Tensor:
     return w4afp8.dequantize_tokens(Quantized(run.hidden, run.hidden_scales))
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Join the runs' rows. parts: at least one, mostly a single one."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _requests_with(bad_rows: Tensor, segments: list[Segment]) -> tuple[int, ...]:
     """Return the indexes of the requests that own a flagged row."""
     if not bool(bad_rows.any()):
         return ()
     parts = torch.split(bad_rows, [segment.tokens for segment in segments])
-    return tuple(segment.index for segment, part in zip(segments, parts, strict=True) if bool(part.any()))
+    return tuple(segment.position for segment, part in zip(segments, parts, strict=True) if bool(part.any()))
 
 
 def _added(row_counts: Tensor, segments: list[Segment], requests: int) -> tuple[int, ...]:
     """Add counts of rows up by request; empty where all of them are 0."""
     totals = [0] * requests
     for segment, part in zip(segments, torch.split(row_counts, [s.tokens for s in segments]), strict=True):
-        totals[segment.index] += int(part.sum())
+        totals[segment.position] += int(part.sum())
     return tuple(totals) if any(totals) else ()

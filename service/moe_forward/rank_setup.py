@@ -137,7 +137,7 @@ def join_group(setup: RankSetup, router: Router, local_experts: Experts) -> Rank
     def clock(step: int) -> Clock:
         return start_clock(step, device, setup.phase_sample_steps)
 
-    who, copies = (setup.rank, setup.ranks, spec), copies_of(device)
+    who, copies = (setup.rank, setup.ranks, spec), copies_of(device, kernels=setup.experts == "cutlass")
     if not group.pads:
         return Rank(*who, router, local_experts, plain, clock, setup.expert_metrics, setup.missing, copies)
     graph_tokens = min(setup.max_graph_tokens, setup.max_tokens) if local_experts.capturable else 0

@@ -6,7 +6,6 @@ Every process works it out from the step alone: the rank that reads them, and th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from moe_forward.types import ForwardRequest, Step, TensorRef, token_range
@@ -23,14 +22,13 @@ class Window(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """The part of one request that a rank reads, routes and answers.
 
-    index: of the request in its step. first, tokens: rows [first, first + tokens) of the request.
+    position: of the request in its step. first, tokens: rows [first, first + tokens) of the request.
     """
 
-    index: int
+    position: int
     request: ForwardRequest
     first: int
     tokens: int
@@ -45,11 +43,11 @@ def segments(step: Step, rank: int, ranks: int) -> Iterator[Segment]:
     """Return the parts of the step's requests that make up the rows of `rank`, in row order."""
     mine = token_range(rank, ranks, step.tokens)
     start = 0
-    for index, request in enumerate(step.requests):
+    for position, request in enumerate(step.requests):
         first = max(mine.start - start, 0)
         last = min(mine.stop - start, request.tokens)
         if first < last:
-            yield Segment(index, request, first, last - first)
+            yield Segment(position, request, first, last - first)
         start += request.tokens
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_forward.errors import StartError
+from moe_forward.moves import Mover, Scattered, TorchMover
 from moe_forward.segments import INPUTS, Segment, segments
 from moe_forward.slab import map_slab
 from moe_forward.types import DType, ForwardRequest, Step, TensorRef
@@ -31,6 +32,9 @@ _TORCH = {
     DType.I32: torch.int32,
     DType.I64: torch.int64,
 }
+
+_MAPPED = 2
+"""cudaHostRegisterMapped: kernels reach the memory by its own address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,9 @@ def attach(fd: int, slab_bytes: int, device: torch.device) -> Tensor:
     memory = torch.frombuffer(map_slab(fd, slab_bytes), dtype=torch.uint8)
     if device.type == "cuda":
         started = time.monotonic()
-        code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), slab_bytes, 0)  # type: ignore[no-untyped-call]
+        code = torch.cuda.cudart().cudaHostRegister(  # type: ignore[no-untyped-call]
+            memory.data_ptr(), slab_bytes, _MAPPED
+        )
         if int(code) != 0:
             raise StartError(
                 f"cudaHostRegister refused a slab of {slab_bytes} bytes: {_cuda_words(code)}; "
@@ -85,53 +91,54 @@ def detach(memory: Tensor, device: torch.device) -> None:
             raise StartError(f"cudaHostUnregister refused a slab of {len(memory)} bytes: {_cuda_words(code)}")
 
 
-def read_runs(step: Step, rank: int, ranks: int, slabs: Mapping[int, Tensor], device: torch.device) -> list[Run]:
+def read_runs(
+    step: Step, rank: int, ranks: int, slabs: Mapping[int, Tensor], device: torch.device, mover: Mover | None = None
+) -> list[Run]:
     """Copy this rank's rows of a step out of the slabs to `device`; on a GPU the copies are under way on return.
 
-    slabs: front end -> [bytes] uint8, as `attach` returns it.
+    slabs: front end -> [bytes] uint8, as `attach` returns it. mover: makes the copies; None: torch does.
     Returns: the runs in row order; together they are `token_range(rank, ranks, step.tokens)`.
     """
     runs: list[Run] = []
+    wanted: list[Scattered] = []
     first = 0
     for _, group in groupby(segments(step, rank, ranks), key=lambda segment: _form(segment.request)):
         members = tuple(group)
-        hidden, *others = (_read(members, name, slabs, device) for name in INPUTS)
+        hidden, *others = (_read(members, name, slabs, device, wanted) for name in INPUTS)
         assert hidden is not None
         runs.append(Run(members, first, hidden, *others))
         first += len(hidden)
+    (mover or TorchMover()).gather(wanted)
     return runs
 
 
 def convert_runs(output: Tensor, runs: list[Run]) -> list[Tensor]:
-    """Return each run's rows of `output` [T, H] in its requests' float type, as [n, bytes] uint8 of their own memory.
+    """Return each run's rows of `output` [T, H] in its requests' float type, as [n, H] in their own memory.
 
     Own, since the next step may write over `output` while these rows leave for their slabs.
     """
     rows = []
     for run in runs:
-        dtype = _TORCH[run.segments[0].request.output.dtype]
         part = output[run.first : run.first + run.tokens]
-        rows.append(part.to(dtype, copy=True, memory_format=torch.contiguous_format).view(torch.uint8))
+        dtype = _TORCH[run.segments[0].request.output.dtype]
+        rows.append(part.to(dtype, copy=True, memory_format=torch.contiguous_format))
     return rows
 
 
-def write_runs(rows: list[Tensor], runs: list[Run], slabs: Mapping[int, Tensor]) -> None:
+def write_runs(rows: list[Tensor], runs: list[Run], slabs: Mapping[int, Tensor], mover: Mover | None = None) -> None:
     """Write each request's rows, as `convert_runs` returned them, to where it wants them.
 
-    On a GPU the copies are under way on return.
+    On a GPU the copies are under way on return. mover: as for `read_runs`.
     """
-    for run, data in zip(runs, rows, strict=True):
-        row = 0
-        for segment in run.segments:
-            target = _bytes(slabs, segment, segment.request.output)
-            target.copy_(data[row : row + segment.tokens].flatten(), non_blocking=True)
-            row += segment.tokens
+    (mover or TorchMover()).scatter(
+        [Scattered(data, _places(run.segments, "output", slabs)) for run, data in zip(runs, rows, strict=True)]
+    )
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Bring a small tensor to the host; on a GPU the copy is under way on return."""
+    """Copy a small tensor to the host; on a GPU the copy is under way on return."""
     if tensor.device.type == "cpu":
-        return tensor
+        return tensor.clone()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
@@ -147,25 +154,28 @@ def _form(request: ForwardRequest) -> tuple[object, ...]:
     return (request.routing, *(ref and (ref.dtype, ref.columns) for ref in refs))
 
 
-def _read(members: tuple[Segment, ...], name: str, slabs: Mapping[int, Tensor], device: torch.device) -> Tensor | None:
-    refs = [getattr(segment.request, name) for segment in members]
-    ref: TensorRef | None = refs[0]
+def _read(
+    members: tuple[Segment, ...], name: str, slabs: Mapping[int, Tensor], device: torch.device, wanted: list[Scattered]
+) -> Tensor | None:
+    """Make room for one tensor of a run, and add it to what is wanted."""
+    ref: TensorRef | None = getattr(members[0].request, name)
     if ref is None:
         return None
-    # Whole rows of bytes into new memory: aligned, which a tensor inside a request body need not be.
+    # Memory of its own: aligned, which a tensor inside a request's body need not be.
     tokens = sum(segment.tokens for segment in members)
-    data = torch.empty(tokens, ref.columns * ref.dtype.itemsize, dtype=torch.uint8, device=device)
-    row = 0
-    for segment, here in zip(members, refs, strict=True):
-        source = _bytes(slabs, segment, here)
-        data[row : row + segment.tokens].view(-1).copy_(source, non_blocking=True)
-        row += segment.tokens
-    return data.view(_TORCH[ref.dtype])
+    data = torch.empty(tokens, ref.columns, dtype=_TORCH[ref.dtype], device=device)
+    wanted.append(Scattered(data, _places(members, name, slabs)))
+    return data
 
 
-def _bytes(slabs: Mapping[int, Tensor], segment: Segment, ref: TensorRef) -> Tensor:
-    front, offset, nbytes = segment.window(ref)
-    return slabs[front][offset : offset + nbytes]
+def _places(members: tuple[Segment, ...], name: str, slabs: Mapping[int, Tensor]) -> list[tuple[Tensor, int, int]]:
+    """Return where the rows of one tensor of a run lie: what `Segment.window` says, in a third of the time."""
+    ref: TensorRef = getattr(members[0].request, name)
+    row_bytes = ref.columns * ref.dtype.itemsize
+    return [
+        (slabs[request.front], getattr(request, name).offset + first * row_bytes, tokens * row_bytes)
+        for _, request, first, tokens in members
+    ]
 
 
 def _cuda_words(code: object) -> str:

@@ -1,7 +1,8 @@
 """Times a rank's whole steps, from the slab and back, beside the layer in them; no engine and no HTTP.
 
-A step's rows are bf16 with expert ids and weights; DeepSeek-V3's shape, one layer. With one step in flight the rank
-waits for each before it launches the next; with two, copies and launches of one go beside the computing of the other.
+A step's rows are bf16 with expert ids and weights, or without; DeepSeek-V3's shape, one layer. With one step in flight
+the rank waits for each before it launches the next; with two, copies and launches of one go beside the computing of the
+other.
 
     python tests/bench/bench_steps.py                       one rank
     python tests/bench/bench_steps.py --ranks 4
@@ -48,6 +49,8 @@ def make_tasks(options: argparse.Namespace, folder: Path) -> list[Task]:
             steps=options.steps,
             rendezvous=str(folder / "rendezvous"),
             out=str(folder / "steps.json"),
+            requests=options.requests,
+            gate=options.gate,
         )
         for rank in range(options.ranks)
     ]
@@ -55,11 +58,13 @@ def make_tasks(options: argparse.Namespace, folder: Path) -> list[Task]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each number of tokens and of steps in flight, and whether the goal is reached."""
-    lines = ["tokens a step | in flight | us a step | latency us p50, p90 | layer us | added us"]
+    lines = ["tokens a step | requests | in flight | us a step | latency us p50, p90 | launch us | layer us | added us"]
     for row in sorted(rows, key=lambda row: (row["tokens"], row["in_flight"])):
         latency = f"{row['latency_us']:8.1f}, {row['latency_p90_us']:8.1f}"
-        figures = f"{row['us']:8.1f} | {latency} | {row['layer_us']:8.1f} | {row['added_us']:8.1f}"
-        lines.append(f"{row['tokens']:5d} | {row['in_flight']} | {figures}")
+        figures = (
+            f"{row['us']:8.1f} | {latency} | {row['launch_us']:7.1f} | {row['layer_us']:8.1f} | {row['added_us']:8.1f}"
+        )
+        lines.append(f"{row['tokens']:5d} | {row['requests']:3d} | {row['in_flight']} | {figures}")
         if (row["tokens"], row["in_flight"]) == (GOAL_TOKENS, 1):
             verdict = "reached" if row["added_us"] <= GOAL_ADDED_US else "missed"
             lines.append(f"goal: {GOAL_TOKENS} tokens, at most {GOAL_ADDED_US:g} us beyond the layer: {verdict}")
@@ -74,6 +79,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--exchange", help="default: local for one rank, else deepep on GPUs and gloo on CPU")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="of a step, over all ranks")
+    parser.add_argument("--requests", type=int, default=1, help="that a step's tokens are spread over")
+    parser.add_argument("--gate", action="store_true", help="ranks choose the experts, by DeepSeek-V3's gate")
     parser.add_argument("--steps", type=int, default=200, help="timed for each figure")
     parser.add_argument("--limit", type=float, default=90, help="seconds for everything")
     parser.add_argument("--commit", help="what is measured; default: what git says")

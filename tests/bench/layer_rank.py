@@ -149,7 +149,7 @@ class Layer:
         """bf16 tokens in, bf16 out: [T, H]."""
         with clock("quantize"):
             quantized, _ = self.experts.quantize(tokens.x)
-        output = self._forward.forward(layer, quantized, tokens.ids, tokens.weights, None, clock)
+        output = self._forward.compute(layer, quantized, tokens.ids, tokens.weights, None, clock)
         return output.to(torch.bfloat16)
 
 

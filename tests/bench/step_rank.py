@@ -38,6 +38,7 @@ class Task(NamedTuple):
 
     rank, ranks: who, of how many. device: cuda or cpu. exchange, experts: backends by name. shape: of the layer.
     tokens: of a step, over all ranks, the counts to measure. steps: of each count to time.
+    requests: that a step's tokens are spread over, if there are as many. gate: the ranks choose the experts.
     rendezvous, out: files, for all ranks to meet and for the result.
     """
 
@@ -51,6 +52,8 @@ class Task(NamedTuple):
     steps: int
     rendezvous: str
     out: str
+    requests: int = 1
+    gate: bool = False
 
 
 class Listening:
@@ -60,6 +63,10 @@ class Listening:
         self._forward = forward
         self.shape = forward.shape
         self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def room(self, *args: Any) -> Any:
+        """Make room, as the rank wants it."""
+        return self._forward.room(*args)
 
     def forward(self, *args: Any, **named: Any) -> Tensor:
         """Forward, as the rank wants it."""
@@ -79,14 +86,14 @@ class Listening:
 
 @dataclass(frozen=True)
 class Bodies:
-    """Requests of one size in a slab, one for each step that can be under way. slabs: front end -> its memory."""
+    """Requests in a slab, for each step that can be under way. slabs: front end -> its memory."""
 
     slabs: Mapping[int, Tensor]
-    requests: tuple[ForwardRequest, ...]
+    steps: tuple[tuple[ForwardRequest, ...], ...]
 
     def step(self, number: int) -> Step:
-        """Return a step of one of them."""
-        return Step(number, 1, LAYER, (self.requests[number % len(self.requests)],))
+        """Return a step."""
+        return Step(number, 1, LAYER, self.steps[number % len(self.steps)])
 
 
 def start(task: Task) -> tuple[Rank, Listening]:
@@ -98,7 +105,7 @@ def start(task: Task) -> tuple[Rank, Listening]:
     shape = task.shape
     spec = ModelSpec(
         *("bench", shape.hidden, shape.intermediate, shape.experts, shape.top_k, 0, (LAYER,), 128),
-        GateSpec("softmax"),
+        GateSpec("deepseek_v3", 8, 4, True, 2.5) if shape.experts >= 64 else GateSpec("softmax"),
     )
     most = max(task.tokens)
     setup = RankSetup(
@@ -137,22 +144,26 @@ def device_of(task: Task) -> torch.device:
 
 
 def lay_out(task: Task, tokens: int, slab: Slab, memory: Tensor) -> Bodies:
-    """Write bodies of bf16 rows with expert ids and weights into the slab, as requests have them."""
-    at, requests = 0, []
+    """Write bodies of bf16 rows, with expert ids and weights unless ranks choose them, as requests have them."""
+    at, steps = 0, []
     for number in range(max(IN_FLIGHT)):
         drawn = draw_tokens(0, tokens, number, task.shape, torch.device("cpu"))
-        refs = []
-        parts = ((drawn.x, DType.BF16), (drawn.ids.int(), DType.I32), (drawn.weights, DType.F32), (drawn.x, DType.BF16))
-        for tensor, dtype in parts:
-            data = tensor.contiguous().view(torch.uint8).flatten()
-            memory[at : at + len(data)] = data
-            refs.append(TensorRef(at, dtype, tensor.shape[1]))
-            at += len(data)
-        hidden, ids, weights, output = refs
-        requests.append(
-            ForwardRequest(0, number, LAYER, tokens, 1e9, False, hidden, None, Routing.TOPK, ids, weights, output)
-        )
-    return Bodies({0: memory}, tuple(requests))
+        requests = []
+        for rows in torch.arange(tokens).tensor_split(min(task.requests, tokens)):
+            x, ids, weights = drawn.x[rows], drawn.ids[rows].int(), drawn.weights[rows]
+            refs = []
+            for tensor, dtype in ((x, DType.BF16), (ids, DType.I32), (weights, DType.F32), (x, DType.BF16)):
+                data = tensor.contiguous().view(torch.uint8).flatten()
+                memory[at : at + len(data)] = data
+                refs.append(TensorRef(at, dtype, tensor.shape[1]))
+                at += len(data)
+            hidden, chosen, weighed, output = refs
+            routed = (Routing.SERVER, None, None) if task.gate else (Routing.TOPK, chosen, weighed)
+            requests.append(
+                ForwardRequest(0, len(requests), LAYER, len(rows), 1e9, False, hidden, None, *routed, output)
+            )
+        steps.append(tuple(requests))
+    return Bodies({0: memory}, tuple(steps))
 
 
 def slab_bytes(task: Task) -> int:
@@ -164,42 +175,48 @@ def measure(task: Task, rank: Rank, layer: Listening, bodies: Bodies, in_flight:
     """Time steps of one size, launched so many at a time; collective.
 
     Returns: microseconds. us: from one result to the next. latency_us: of a step from its launch to its result, median
-        and 90th percentile. layer_us: of the layer by itself, call behind call on the device. added_us: what a step
-        takes beyond its layer, with one in flight its latency, with two from result to result.
+        and 90th percentile. launch_us: of the host, to launch it. layer_us: of the layer by itself, call behind call on
+        the device. added_us: what a step takes beyond its layer, with one in flight its latency, with two from result
+        to result.
     """
     run(rank, bodies, WARM_STEPS, in_flight)
     layer_us = 1e6 * layer_seconds(layer, device_of(task))
     together(task)
     started = time.perf_counter()
-    latencies = run(rank, bodies, task.steps, in_flight)
+    times = run(rank, bodies, task.steps, in_flight)
     us = 1e6 * (time.perf_counter() - started) / task.steps
-    latencies.sort()
+    latencies = sorted(seconds for _, seconds in times)
     latency_us = 1e6 * statistics.median(latencies)
     return {
-        "tokens": bodies.requests[0].tokens,
+        "tokens": bodies.step(0).tokens,
+        "requests": len(bodies.step(0).requests),
+        "gate": task.gate,
         "in_flight": in_flight,
         "us": us,
         "latency_us": latency_us,
         "latency_p90_us": 1e6 * latencies[len(latencies) * 9 // 10],
+        "launch_us": 1e6 * statistics.median(seconds for seconds, _ in times),
         "layer_us": layer_us,
         "added_us": (latency_us if in_flight == 1 else us) - layer_us,
     }
 
 
-def run(rank: Rank, bodies: Bodies, steps: int, in_flight: int) -> list[float]:
-    """Do steps; returns seconds from launch to result of each."""
-    latencies = []
-    under_way: deque[tuple[float, Launched]] = deque()
+def run(rank: Rank, bodies: Bodies, steps: int, in_flight: int) -> list[tuple[float, float]]:
+    """Do steps; returns for each the seconds that the host took to launch it, and from there to its result."""
+    times = []
+    under_way: deque[tuple[float, float, Launched]] = deque()
     for number in range(steps + in_flight - 1):
         if number < steps:
-            under_way.append((time.perf_counter(), rank.launch(bodies.step(number), bodies.slabs)))
+            began = time.perf_counter()
+            launched = rank.launch(bodies.step(number), bodies.slabs)
+            under_way.append((began, time.perf_counter() - began, launched))
         if len(under_way) == in_flight or number >= steps:
-            launched_at, launched = under_way.popleft()
+            began, launch_seconds, launched = under_way.popleft()
             result = launched.finish()
-            latencies.append(time.perf_counter() - launched_at)
+            times.append((launch_seconds, time.perf_counter() - began))
             if result.non_finite:
                 raise RuntimeError(f"step {number}: NaN or Inf was found in random rows")
-    return latencies
+    return times
 
 
 def layer_seconds(layer: Listening, device: torch.device) -> float:

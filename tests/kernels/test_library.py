@@ -13,12 +13,15 @@ import torch
 
 import w4afp8.library as library
 from w4afp8.library import (
+    GateArguments,
     GroupedGemmArguments,
     KernelError,
     Library,
     LibraryMismatch,
     LibraryNotBuilt,
     QuantizeArguments,
+    RoutesArguments,
+    SliceArguments,
     load,
 )
 
@@ -27,6 +30,9 @@ BUILT = Path(os.environ.get("W4AFP8_LIBRARY") or PACKAGE / "lib" / "libw4afp8.so
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "W4AFP8GroupedGemm": GroupedGemmArguments,
     "W4AFP8Quantize": QuantizeArguments,
+    "W4AFP8Slice": SliceArguments,
+    "W4AFP8Gate": GateArguments,
+    "W4AFP8Routes": RoutesArguments,
 }
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -50,10 +56,20 @@ def fake_library(
 #include "w4afp8.h"
 int32_t w4afp8_abi_version(void) {{ return {version}; }}
 int64_t w4afp8_struct_bytes(int32_t which) {{
-  return {extra_bytes} + (which == 0 ? sizeof(W4AFP8GroupedGemm) : sizeof(W4AFP8Quantize));
+  const int64_t bytes[] = {{sizeof(W4AFP8GroupedGemm), sizeof(W4AFP8Quantize), sizeof(W4AFP8Slice),
+                           sizeof(W4AFP8Gate), sizeof(W4AFP8Routes)}};
+  return {extra_bytes} + bytes[which];
 }}
 int w4afp8_grouped_gemm(const struct W4AFP8GroupedGemm* a) {{ return (int)(a->n + a->group); }}
 int w4afp8_quantize(const struct W4AFP8Quantize* a) {{ {quantize} }}
+int w4afp8_slice(const struct W4AFP8Slice* a) {{ return (int)(a->k + a->bits); }}
+int w4afp8_gate(const struct W4AFP8Gate* a) {{ return (int)(a->experts + a->top_k + a->scaling_factor); }}
+int w4afp8_copy(const struct W4AFP8Copy* c, int64_t count, int32_t, void*) {{
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) bytes += c[i].bytes + ((char*)c[i].to - (char*)c[i].from);
+  return (int)bytes;
+}}
+int w4afp8_routes(const struct W4AFP8Routes* a) {{ return (int)(a->top_k + a->wide); }}
 const char* w4afp8_error_string(int code) {{ return "told so"; }}
 """
     return compile_cpp(folder, source, "-shared", "-fPIC")
@@ -78,7 +94,7 @@ def test_structs_have_the_sizes_and_offsets_of_the_header(tmp_path: Path) -> Non
 
 def test_constants_are_those_of_the_header() -> None:
     header = (PACKAGE / "csrc" / "w4afp8.h").read_text()
-    names = ("BF16", "F16", "F32", "PLAIN", "SWIGLU", "AS_IS", "HALVES", "INTERLEAVED")
+    names = ("BF16", "F16", "F32", "PLAIN", "SWIGLU", "AS_IS", "HALVES", "INTERLEAVED", "SIGMOID", "SOFTMAX")
     found = dict(re.findall(rf"\bW4AFP8_({'|'.join(names)}) = (\d+)", header))
     assert {name: int(value) for name, value in found.items()} == {name: getattr(library, name) for name in names}
     assert f"#define W4AFP8_ABI_VERSION {library.ABI_VERSION}\n" in header
@@ -128,6 +144,10 @@ def test_error_code_becomes_an_error_with_the_librarys_words(tmp_path: Path) -> 
     assert caught.value.code == 1001
     with pytest.raises(KernelError, match="code 42"):
         fake.grouped_gemm(GroupedGemmArguments(n=40, group=2))
+    with pytest.raises(KernelError, match=r"w4afp8_slice: .*code 43"):
+        fake.slice_rows(SliceArguments(k=33, bits=10))
+    with pytest.raises(KernelError, match=r"w4afp8_gate: .*code 44"):
+        fake.gate(GateArguments(experts=32, top_k=8, scaling_factor=4.5))
 
 
 @needs_compiler
@@ -160,6 +180,10 @@ def test_without_gpu_kernels_return_an_error() -> None:
         built.grouped_gemm(gemm)
     with pytest.raises(KernelError):
         built.quantize(QuantizeArguments(x=at, values=at, scales=at, rows=1, k=128))
+    with pytest.raises(KernelError):
+        built.slice_rows(SliceArguments(x=at, slices=at, units=at, rows=1, k=128, bits=20))
+    with pytest.raises(KernelError):
+        built.gate(GateArguments(logits=at, ids=at, weights=at, non_finite=at, rows=1, experts=8, top_k=2, groups=1))
 
 
 @needs_library
@@ -171,3 +195,26 @@ def test_kernels_refuse_bad_shapes_and_addresses() -> None:
         built.quantize(QuantizeArguments(x=17, values=16, scales=16, rows=1, k=128))
     with pytest.raises(KernelError, match="multiple of what it must be"):
         built.grouped_gemm(GroupedGemmArguments(x=16, weight=16, y=16, rows=1, experts=1, n=128, k=100, group=128))
+    with pytest.raises(KernelError, match="multiple of what it must be"):
+        built.slice_rows(SliceArguments(x=16, slices=16, units=16, rows=1, k=127, bits=20))
+    with pytest.raises(KernelError, match="multiple of what it must be"):
+        built.slice_rows(SliceArguments(x=16, slices=16, units=16, rows=1, k=128, bits=27))
+    with pytest.raises(KernelError, match="not aligned"):
+        built.slice_rows(SliceArguments(x=24, slices=16, units=16, rows=1, k=128, bits=20))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"experts": 1025}, {"top_k": 33}, {"top_k": 0}, {"top_k": 65}, {"groups": 3}, {"groups": 33}, {"groups": 0},
+        {"groups": 64}, {"groups": 32, "top_groups": 3}, {"groups": 4, "top_groups": 5}, {"logits_type": 3},
+        {"logits": None}, {"products": 16}, {"logits": None, "products": 16, "parts": 0, "bits": 20}, {"scores": 2},
+        {"scores": 1, "bias": 16}, {"scores": 1, "groups": 4, "top_groups": 2},
+    ],
+)  # fmt: skip
+def test_the_gate_refuses_what_it_cannot_hold(change: dict[str, int | None]) -> None:
+    built = Library(BUILT)
+    fitting = {"logits": 16, "ids": 16, "weights": 16, "non_finite": 16, "rows": 1, "experts": 64, "top_k": 8}
+    with pytest.raises(KernelError, match="multiple of what it must be"):
+        built.gate(GateArguments(**(fitting | {"groups": 1} | change)))

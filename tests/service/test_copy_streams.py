@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from moe_forward.copy_streams import AtOnce, CopyStreams, copies_of
+from moe_forward.moves import KernelMover, Mover, TorchMover
 
 GPU = torch.device("cuda:1")
 
@@ -30,11 +28,11 @@ class Cuda:
         assert device == GPU
         return self.current
 
-    @contextmanager
-    def stream(self, chosen: FakeStream) -> Iterator[None]:
-        before, self.current = self.current, chosen
-        yield
-        self.current = before
+    def set_stream(self, chosen: FakeStream) -> None:
+        self.current = chosen
+
+    def event(self) -> FakeEvent:
+        return FakeEvent(self)
 
     def work(self, name: str) -> str:
         self.log.append(f"{name} on {self.current.name}")
@@ -45,17 +43,22 @@ class FakeStream:
     def __init__(self, cuda: Cuda, name: str) -> None:
         self.cuda, self.name = cuda, name
 
-    def wait_stream(self, other: FakeStream) -> None:
-        self.cuda.log.append(f"{self.name} waits for {other.name}")
+    def wait_event(self, event: FakeEvent) -> None:
+        self.cuda.log.append(f"{self.name} waits for {event.marked}")
 
     def record_event(self) -> FakeEvent:
+        event = FakeEvent(self.cuda)
+        event.record(self)
         self.cuda.log.append(f"event on {self.name}")
-        return FakeEvent(self.cuda)
+        return event
 
 
 class FakeEvent:
     def __init__(self, cuda: Cuda) -> None:
-        self.cuda, self.passed = cuda, False
+        self.cuda, self.passed, self.marked = cuda, False, "nothing"
+
+    def record(self, stream: FakeStream) -> None:
+        self.marked = stream.name
 
     def query(self) -> bool:
         return self.passed
@@ -69,16 +72,16 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     made = Cuda()
     monkeypatch.setattr(torch.cuda, "Stream", made.make)
     monkeypatch.setattr(torch.cuda, "current_stream", made.current_stream)
-    monkeypatch.setattr(torch.cuda, "stream", made.stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", made.set_stream)
+    monkeypatch.setattr(torch.cuda, "Event", made.event)
     return made
 
 
 def test_computing_waits_for_the_rows_and_the_way_out_for_the_computing(cuda: Cuda) -> None:
-    copies = copies_of(GPU)
-    assert isinstance(copies, CopyStreams)
-    assert copies.read(lambda: cuda.work("rows")) == "rows"
+    copies = CopyStreams(GPU, TorchMover())
+    assert copies.read(lambda mover: cuda.work("rows")) == "rows"
     cuda.work("kernels")
-    pending = copies.write(lambda: cuda.work("outputs"))
+    pending = copies.write(lambda mover: cuda.work("outputs"))
     assert cuda.log == [
         "rows on in",
         "compute waits for in",
@@ -93,8 +96,28 @@ def test_computing_waits_for_the_rows_and_the_way_out_for_the_computing(cuda: Cu
     assert cuda.log[-1] == "synchronized"
 
 
+def test_computing_goes_on_where_it_was_after_copies_that_fail(cuda: Cuda) -> None:
+    def fail(mover: Mover) -> None:
+        raise RuntimeError("no such slab")
+
+    copies = CopyStreams(GPU, TorchMover())
+    with pytest.raises(RuntimeError, match="no such slab"):
+        copies.read(fail)
+    assert cuda.work("kernels") == "kernels"
+    assert cuda.log[-1] == "kernels on compute"
+
+
+def test_a_gpu_moves_by_the_kernel_library_where_it_has_it(cuda: Cuda) -> None:
+    given: list[Mover] = []
+    for kernels in (True, False):
+        cuda.made = 0
+        copies_of(GPU, kernels).read(given.append)
+    assert isinstance(given[0], KernelMover)
+    assert isinstance(given[1], TorchMover)
+
+
 def test_a_cpu_copies_at_once() -> None:
-    copies = copies_of(torch.device("cpu"))
+    copies = copies_of(torch.device("cpu"), kernels=False)
     assert isinstance(copies, AtOnce)
-    pending = copies.write(lambda: 5)
-    assert (copies.read(lambda: 4), pending.done(), pending.result()) == (4, True, 5)
+    pending = copies.write(lambda mover: 5)
+    assert (copies.read(lambda mover: 4), pending.done(), pending.result()) == (4, True, 5)

@@ -19,6 +19,7 @@ from moe_forward.checkpoint import LayerWeights
 from moe_forward.copy_streams import Copies, Pending
 from moe_forward.datagrams import pack, unpack
 from moe_forward.exchange.local import LocalExchange
+from moe_forward.moves import Mover, TorchMover
 from moe_forward.rank import Launched, Rank
 from moe_forward.stopwatch import Clock, DeviceStopwatch, Event, Stopwatch
 from moe_forward.types import (
@@ -418,11 +419,11 @@ def test_layers_take_turns_in_replayed_steps(desk: Desk) -> None:
 class Later:
     """Copies whose outputs leave at the last moment, as a GPU's may: when somebody waits for them."""
 
-    def read(self, work: Callable[[], T]) -> T:
-        return work()
+    def read(self, work: Callable[[Mover], T]) -> T:
+        return work(TorchMover())
 
-    def write(self, work: Callable[[], T]) -> Pending[T]:
-        return Leaving(work)
+    def write(self, work: Callable[[Mover], T]) -> Pending[T]:
+        return Leaving(lambda: work(TorchMover()))
 
 
 class Leaving(Generic[T]):

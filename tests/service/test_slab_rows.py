@@ -75,9 +75,9 @@ def test_ranks_read_every_row_once_in_order(desk: Desk, ranks: int, sizes: tuple
             assert run.hidden.shape == (run.tokens, HIDDEN)
             row = 0
             for segment in run.segments:
-                assert segment.request is requests[segment.index]
+                assert segment.request is requests[segment.position]
                 assert segment.tokens > 0
-                assert int(run.hidden[row, 0]) == starts[segment.index] + segment.first
+                assert int(run.hidden[row, 0]) == starts[segment.position] + segment.first
                 row += segment.tokens
             assert row == run.tokens
 
@@ -86,7 +86,7 @@ def test_requests_of_another_form_begin_another_run(desk: Desk) -> None:
     forms = [DType.F32, DType.F32, DType.BF16, DType.F16, DType.F16, DType.F32]
     requests = tuple(request_of(desk, numbered(2 * index, 2), dtype) for index, dtype in enumerate(forms))
     runs = read_runs(Step(0, 1, 3, requests), 0, 1, {0: desk.memory}, CPU)
-    assert [[segment.index for segment in run.segments] for run in runs] == [[0, 1], [2], [3, 4], [5]]
+    assert [[segment.position for segment in run.segments] for run in runs] == [[0, 1], [2], [3, 4], [5]]
     assert [run.first for run in runs] == [0, 4, 6, 10]
     assert [run.hidden.dtype for run in runs] == [TORCH[forms[index]] for index in (0, 2, 3, 5)]
     assert [int(row) for run in runs for row in run.hidden[:, 0]] == list(range(12))

@@ -9,6 +9,10 @@ int64_t w4afp8_struct_bytes(int32_t which) {
   switch (which) {
     case 0: return sizeof(W4AFP8GroupedGemm);
     case 1: return sizeof(W4AFP8Quantize);
+    case 2: return sizeof(W4AFP8Slice);
+    case 3: return sizeof(W4AFP8Gate);
+    case 4: return sizeof(W4AFP8Routes);
+    case 5: return sizeof(W4AFP8Copy);
     default: return 0;
   }
 }

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "device.cuh"
 #include "grouped_gemm.cuh"
 
 namespace w4afp8 {
@@ -73,6 +74,8 @@ static int run(const W4AFP8GroupedGemm& a) {
   int error = check(a);
   if (error != W4AFP8_OK) return error;
   if (a.rows == 0) return W4AFP8_OK;
+  const OnDevice on(a.device);
+  if (on.error() != cudaSuccess) return on.error();
   Device device;
   if ((error = describe(a.device, &device)) != W4AFP8_OK) return error;
   ActivationMaps maps;

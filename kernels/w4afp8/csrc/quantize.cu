@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "device.cuh"
 #include "w4afp8.h"
 
 namespace w4afp8 {
@@ -237,6 +238,8 @@ int run(const W4AFP8Quantize& a) {
   const int refused = check(a);
   if (refused != W4AFP8_OK) return refused;
   if (a.rows == 0) return W4AFP8_OK;
+  const OnDevice on(a.device);
+  if (on.error() != cudaSuccess) return on.error();
   int sms = 0, major = 0, minor = 0;
   cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, a.device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, a.device);

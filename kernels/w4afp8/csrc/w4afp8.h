@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#define W4AFP8_ABI_VERSION 2
+#define W4AFP8_ABI_VERSION 3
 #define W4AFP8_API extern "C" __attribute__((visibility("default")))
 
 // Error codes below 1000 are cudaError_t; these are ours. w4afp8_error_string knows both.
@@ -19,6 +19,7 @@ enum { W4AFP8_BF16 = 0, W4AFP8_F16 = 1, W4AFP8_F32 = 2 };
 enum { W4AFP8_PLAIN = 0, W4AFP8_SWIGLU = 1 };
 enum { W4AFP8_INT4 = 0, W4AFP8_FP8 = 1 };
 enum { W4AFP8_AS_IS = 0, W4AFP8_HALVES = 1, W4AFP8_INTERLEAVED = 2 };
+enum { W4AFP8_SIGMOID = 0, W4AFP8_SOFTMAX = 1 };
 
 // y[t, n] = row_weight[t] * x_scale[t] * sum over k of q[e, n, k] * scale[e, n, k / group] * x[t, k] for the rows t of
 // each expert e. The weights are packed (w4afp8.packed).
@@ -63,8 +64,71 @@ struct W4AFP8Quantize {
   int32_t nan_scales;           // a row with NaN or Inf gets scales NaN instead of 0; its values are 0 either way
 };
 
+// slices[0, t, i] = rint(v) and slices[1, t, i] = rint((v - slices[0, t, i]) * 2^bits), where v = x[t, i] * 2^bits /
+// units[t] and units[t] is the power of two above row t's largest magnitude; see w4afp8.linear. A row with NaN or Inf
+// gets NaN.
+struct W4AFP8Slice {
+  const void* x;                // [rows, k] of x_type, 16-byte aligned
+  double* slices;               // [2, rows, k], 16-byte aligned
+  double* units;                // [rows]
+  int64_t rows, k;              // k even
+  int32_t x_type;               // BF16, F16 or F32
+  int32_t bits;                 // of a slice, 1 to 26
+  int32_t device;
+  void* stream;
+};
+
+// The experts of tokens: what moe_forward.gates computes, by logits or by the slice products that make them.
+struct W4AFP8Gate {
+  const void* logits;           // [rows, experts] of logits_type, or null where products has them
+  const double* products;       // [parts, 2 * rows, 2 * experts]: high slices before low ones; the parts are added
+  const double* row_units;      // [rows]; with products
+  const double* expert_units;   // [experts]; with products
+  const float* bias;            // [experts], added to scores for choosing only, or null
+  int64_t* ids;                 // [rows, top_k], best first, equals by ascending id
+  float* weights;               // [rows, top_k]
+  uint8_t* non_finite;          // [rows] 0 or 1: a logit is NaN or Inf; the row's ids are valid nevertheless
+  int64_t rows;
+  int64_t experts;              // up to 1024
+  int32_t logits_type;          // BF16, F16 or F32
+  int32_t parts, bits;          // of products; of a slice
+  int32_t scores;               // SIGMOID, or SOFTMAX: without bias and groups
+  int32_t top_k;                // up to 32
+  int32_t groups;               // up to 32, of equal size; 1 for none
+  int32_t top_groups;           // experts are chosen inside the groups whose two best have the largest sums
+  int32_t normalize;            // divide weights by their sum plus sum_floor
+  float sum_floor;
+  float scaling_factor;         // of the weights
+  int32_t device;
+  void* stream;
+};
+
+// Bytes from one place to another: device memory, or host memory that CUDA knows (registered and mapped, or pinned).
+struct W4AFP8Copy {
+  void* to;
+  const void* from;
+  int64_t bytes;
+};
+
+// out_ids[t, j] = ids[t, j] for t < rows, -1 up to padded_rows; out_weights = weights, which padding does not need.
+struct W4AFP8Routes {
+  const void* ids;              // [rows, top_k] int32, or int64 where wide
+  const float* weights;         // [rows, top_k]
+  int64_t* out_ids;             // [padded_rows, top_k]
+  float* out_weights;           // [padded_rows, top_k]
+  int64_t rows, padded_rows, top_k;
+  int32_t wide;
+  int32_t device;
+  void* stream;
+};
+
 W4AFP8_API int32_t w4afp8_abi_version(void);
-W4AFP8_API int64_t w4afp8_struct_bytes(int32_t which);  // 0: W4AFP8GroupedGemm, 1: W4AFP8Quantize
+// 0: W4AFP8GroupedGemm, 1: ..Quantize, 2: ..Slice, 3: ..Gate, 4: ..Routes, 5: ..Copy
+W4AFP8_API int64_t w4afp8_struct_bytes(int32_t which);
 W4AFP8_API int w4afp8_grouped_gemm(const struct W4AFP8GroupedGemm* args);
 W4AFP8_API int w4afp8_quantize(const struct W4AFP8Quantize* args);
+W4AFP8_API int w4afp8_slice(const struct W4AFP8Slice* args);
+W4AFP8_API int w4afp8_gate(const struct W4AFP8Gate* args);
+W4AFP8_API int w4afp8_copy(const struct W4AFP8Copy* copies, int64_t count, int32_t device, void* stream);
+W4AFP8_API int w4afp8_routes(const struct W4AFP8Routes* args);
 W4AFP8_API const char* w4afp8_error_string(int code);

@@ -43,11 +43,23 @@ class Experts(Protocol):
 
     capturable: bool
 
-    def quantize(self, x: torch.Tensor) -> tuple[Quantized, torch.Tensor]:
+    def quantize(
+        self, x: torch.Tensor, out: tuple[Quantized, torch.Tensor] | None = None
+    ) -> tuple[Quantized, torch.Tensor]:
         """Quantize tokens in the service's granularity, as `w4afp8.quantize_tokens` does.
 
-        x: [T, H] bfloat16, float16 or float32, contiguous.
+        x: [T, H] bfloat16, float16 or float32, contiguous. out: what is returned, to be written; None: new tensors.
         Returns: the tokens, and non_finite [T] bool: tokens with NaN or Inf, which come out as zeros.
+        """
+        ...
+
+    def pad_routes(
+        self, ids: torch.Tensor, weights: torch.Tensor, out_ids: torch.Tensor, out_weights: torch.Tensor
+    ) -> None:
+        """Write tokens' routes into memory with room for more tokens, which get no expert.
+
+        ids: [T, K] int32 or int64. weights: [T, K] float32.
+        out_ids: [P, K] int64, P at least T: gets ids, and -1 in the rows behind. out_weights: [P, K] float32.
         """
         ...
 

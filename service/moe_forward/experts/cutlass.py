@@ -13,6 +13,7 @@ from w4afp8 import Granularity, Quantized
 from w4afp8.gemm import grouped_gemm
 from w4afp8.library import LibraryMismatch, LibraryNotBuilt, load
 from w4afp8.quantize import quantize_tokens_cuda
+from w4afp8.routes import pad_routes_cuda
 
 CAPABILITY = (9, 0)
 BUSY = 2  # rows of a busy expert over those of an average one, by which the kernel chooses its tile
@@ -43,9 +44,17 @@ class CutlassExperts:
         self._layers = pack_layers(layers, device, on_progress)
         self._granularity = granularity
 
-    def quantize(self, x: torch.Tensor) -> tuple[Quantized, torch.Tensor]:
+    def quantize(
+        self, x: torch.Tensor, out: tuple[Quantized, torch.Tensor] | None = None
+    ) -> tuple[Quantized, torch.Tensor]:
         """See `Experts.quantize`."""
-        return quantize_tokens_cuda(x, self._granularity)
+        return quantize_tokens_cuda(x, self._granularity, out=out)
+
+    def pad_routes(
+        self, ids: torch.Tensor, weights: torch.Tensor, out_ids: torch.Tensor, out_weights: torch.Tensor
+    ) -> None:
+        """See `Experts.pad_routes`."""
+        pad_routes_cuda(ids, weights, out_ids, out_weights)
 
     def forward(
         self,

@@ -24,9 +24,25 @@ class ReferenceExperts:
         self._layers = layers
         self._granularity = granularity
 
-    def quantize(self, x: torch.Tensor) -> tuple[Quantized, torch.Tensor]:
+    def quantize(
+        self, x: torch.Tensor, out: tuple[Quantized, torch.Tensor] | None = None
+    ) -> tuple[Quantized, torch.Tensor]:
         """See `Experts.quantize`."""
-        return quantize_tokens(x, self._granularity)
+        tokens, non_finite = quantize_tokens(x, self._granularity)
+        if out is None:
+            return tokens, non_finite
+        laid, flags = out
+        laid.values.view(torch.uint8).copy_(tokens.values.view(torch.uint8))
+        laid.scales.copy_(tokens.scales)
+        return laid, flags.copy_(non_finite)
+
+    def pad_routes(
+        self, ids: torch.Tensor, weights: torch.Tensor, out_ids: torch.Tensor, out_weights: torch.Tensor
+    ) -> None:
+        """See `Experts.pad_routes`."""
+        out_ids[: len(ids)].copy_(ids)
+        out_ids[len(ids) :].fill_(-1)
+        out_weights[: len(ids)].copy_(weights)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Gates: which experts a token goes to, and with what weights. One file a gate, one entry in `GATES`."""
+"""Gates: which experts a token goes to, and with what weights. One file a gate, one entry in each table."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from types import MappingProxyType
 
 import torch
 
-from moe_forward.gates.deepseek_v3 import deepseek_v3
+from moe_forward.gates.deepseek_v3 import SUM_FLOOR, deepseek_v3
 from moe_forward.gates.softmax import softmax
 from moe_forward.types import GateSpec
+from w4afp8.routing import GateRule, Scores
 
 Gate = Callable[[GateSpec, int, torch.Tensor, "torch.Tensor | None"], tuple[torch.Tensor, torch.Tensor]]
 
 GATES: Mapping[str, Gate] = MappingProxyType({"deepseek_v3": deepseek_v3, "softmax": softmax})
+
+KERNELS: Mapping[str, tuple[Scores, float] | None] = MappingProxyType(
+    {"deepseek_v3": ("sigmoid", SUM_FLOOR), "softmax": ("softmax", 0.0)}
+)
+"""What computes each gate on a GPU: scores and the floor of their sum in `w4afp8.routing`; None: the gate's own torch
+code, which is some hundred launches a step."""
 
 
 def choose(
@@ -38,3 +45,16 @@ def choose(
     if bias is not None and (bias.dtype != torch.float32 or list(bias.shape) != [experts]):
         raise ValueError(f"bias: expected float32 [{experts}], got {bias.dtype} {list(bias.shape)}")
     return gate(spec, top_k, logits, bias)
+
+
+def kernel_rule(spec: GateSpec, top_k: int) -> GateRule | None:
+    """Say how the kernel computes a gate, with the bits of `choose`.
+
+    spec: the layer's gate. top_k: experts a token gets.
+    Returns: the kernel's rule, or None for a gate that has no kernel.
+    """
+    kernel = KERNELS[spec.kind]
+    if kernel is None:
+        return None
+    scores, sum_floor = kernel
+    return GateRule(scores, top_k, spec.num_groups, spec.top_groups, spec.normalize, sum_floor, spec.scaling_factor)

@@ -8,8 +8,8 @@ from moe_forward.gates.ranking import best, normalized
 from moe_forward.types import GateSpec
 from w4afp8 import portable
 
-# Keeps a token whose chosen scores are all 0 from dividing 0 by 0, as DeepSeek's own code does.
-_SUM_FLOOR = 1e-20
+SUM_FLOOR = 1e-20
+"""Keeps a token whose chosen scores are all 0 from dividing 0 by 0, as DeepSeek's own code does."""
 
 
 def deepseek_v3(
@@ -30,7 +30,7 @@ def deepseek_v3(
     ids = best(biased, top_k)
     weights = scores.gather(1, ids)
     if spec.normalize:
-        weights = normalized(weights, _SUM_FLOOR)
+        weights = normalized(weights, SUM_FLOOR)
     return ids, weights * spec.scaling_factor
 
 

@@ -48,7 +48,11 @@ def grouped_gemm(
 
 
 def quantize_tokens_cuda(
-    x: torch.Tensor, granularity: Granularity, num_rows: torch.Tensor | None = None, overflow: str = "zero"
+    x: torch.Tensor,
+    granularity: Granularity,
+    num_rows: torch.Tensor | None = None,
+    out: tuple[Quantized, torch.Tensor] | None = None,
+    overflow: str = "zero",
 ) -> tuple[Quantized, torch.Tensor]:
     """Stands in for w4afp8.quantize.quantize_tokens_cuda."""
     live = x.shape[0] if num_rows is None else int(num_rows)
@@ -59,7 +63,12 @@ def quantize_tokens_cuda(
     if overflow == "nan":
         quantized = quantize_intermediate(x[:live], granularity)
     values[:live], scales[:live] = quantized.values.view(torch.uint8), quantized.scales
-    return Quantized(values.view(torch.float8_e4m3fn), scales), flags
+    if out is None:
+        return Quantized(values.view(torch.float8_e4m3fn), scales), flags
+    laid, laid_flags = out
+    laid.values.view(torch.uint8).copy_(values)
+    laid.scales.copy_(scales)
+    return laid, laid_flags.copy_(flags)
 
 
 def exact(weight: PackedWeight, expert: int) -> torch.Tensor:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 
-from moe_forward.gates import GATES, choose
+from moe_forward import gates
+from moe_forward.gates import GATES, KERNELS, choose, kernel_rule
 from moe_forward.types import GateSpec
+from w4afp8.routing import GateRule
 
 SPECS = [GateSpec("deepseek_v3", num_groups=4, top_groups=2), GateSpec("softmax")]
 
 
 def test_every_gate_of_the_table_is_tested_here() -> None:
     assert {spec.kind for spec in SPECS} == set(GATES)
+
+
+def test_every_gate_says_which_kernel_computes_it() -> None:
+    assert set(KERNELS) == set(GATES)
+    grouped = GateSpec("deepseek_v3", 8, 4, normalize=False, scaling_factor=2.5)
+    assert kernel_rule(grouped, 6) == GateRule("sigmoid", 6, 8, 4, False, 1e-20, 2.5)
+    assert kernel_rule(GateSpec("softmax"), 8) == GateRule("softmax", 8, 1, 1, True, 0.0, 1.0)
+
+
+def test_a_gate_without_a_kernel_has_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "KERNELS", MappingProxyType({"softmax": None}))
+    assert kernel_rule(GateSpec("softmax"), 8) is None
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
