@@ -29,6 +29,9 @@ OBJECT_STORE_BYTES = 80 << 20
 SEE_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 """Set to 1 where a rank runs, it sees every GPU of its host and not only its own."""
 
+NICENESS = "RAY_worker_niceness"
+"""Ray gives what it starts 15, so as to get its own turn; but our engine and ranks are what clients wait for."""
+
 REACH_SECONDS = 10.0
 """How long a running cluster may take to answer; ray.init would wait for ever."""
 
@@ -54,6 +57,7 @@ def own_ray(ranks: int, device: str) -> Iterator[None]:
     device: cpu or cuda; on cuda each rank has a GPU of its own and sees the others, to reach their memory.
     """
     os.environ[SEE_ALL_GPUS] = "1"  # read by the processes that Ray starts
+    os.environ.setdefault(NICENESS, "0")
     session: Path | None = None
     try:
         with _sigterm_deferred(), _sigterm_blocked():

@@ -58,6 +58,7 @@ class GraphedForward:
         self._shared = torch.zeros(max_tokens, dtype=torch.bool, device=shape.device)
         self._output = torch.empty(max_tokens, shape.hidden_size, device=shape.device)
         self._notes = StepNotes.zeros(shape, max_tokens)
+        self._rooms: dict[int, Room] = {}  # the last one of each bucket: views take longer to make than to use
 
     def room(self, tokens: int, most_tokens: int) -> Room:
         """Return where to lay a step in which this rank has `tokens`: what graphs read, unless it goes in chunks.
@@ -67,13 +68,16 @@ class GraphedForward:
         if most_tokens > self._buckets[-1]:
             return Room.new(self.shape, tokens)
         bucket = self._bucket(most_tokens)
-        return Room(
-            Quantized(self._tokens.values[:tokens], self._tokens.scales[:tokens]),
-            self._ids[:bucket],
-            self._weights[:bucket],
-            self._shared[:tokens],
-            self._notes.first(tokens),
-        )
+        room = self._rooms.get(bucket)
+        if room is None or len(room.shared) != tokens:
+            room = self._rooms[bucket] = Room(
+                Quantized(self._tokens.values[:tokens], self._tokens.scales[:tokens]),
+                self._ids[:bucket],
+                self._weights[:bucket],
+                self._shared[:tokens],
+                self._notes.first(tokens),
+            )
+        return room
 
     def forward(self, layer: int, room: Room, with_shared: bool, clock: PhaseClock, *, most_tokens: int) -> Tensor:
         """Forward this rank's tokens; collective. See `LayerForward.forward`.

@@ -10,20 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import w4afp8
 from moe_forward.copy_streams import AtOnce, Copies, Pending
-from moe_forward.expert_map import expert_map, place_routes, shard
-from moe_forward.experts import Experts
-from moe_forward.graphed_router import GraphedRouter
+from moe_forward.expert_map import shard
+from moe_forward.graphed_intake import GraphedIntake
 from moe_forward.graphs import GraphedForward
+from moe_forward.intake import Intake
 from moe_forward.layer_forward import LayerForward, Room, StepNotes
 from moe_forward.moves import Mover
-from moe_forward.router import Router
 from moe_forward.segments import Segment
 from moe_forward.slab_rows import Run, convert_runs, read_runs, to_host, write_runs
 from moe_forward.stopwatch import Clock, DeviceStopwatch, Untimed
-from moe_forward.types import ModelSpec, Routing, Step, StepResult
-from w4afp8 import Quantized
+from moe_forward.types import ModelSpec, Step, StepResult
 
 
 class _Told(NamedTuple):
@@ -34,14 +31,6 @@ class _Told(NamedTuple):
 
     notes: StepNotes
     missing_rows: Tensor | None
-
-
-class _Routed(NamedTuple):
-    """A run's experts. ids: [n, K] int64 or int32. weights: [n, K] float32. non_finite: [n] bool, None: none is."""
-
-    ids: Tensor
-    weights: Tensor
-    non_finite: Tensor | None
 
 
 class Launched:
@@ -72,8 +61,8 @@ class Rank:
     """A step of one rank, without the process around it.
 
     rank, ranks: place in the group. spec: the model.
-    router: chooses experts for tokens that come without. experts: whose `quantize` makes tokens fp8.
-    forward: the layer over all ranks, as it is or as graphs; its shape says where this rank computes.
+    intake: makes rows what the forward takes. forward: the layer over all ranks, as it is or as graphs; its shape says
+        where this rank computes.
     start_clock: makes the clock of a step by its number.
     expert_metrics: report the rows of every expert with each step.
     missing: ids of the experts that the group lacks; routes to them are counted and add nothing.
@@ -85,8 +74,7 @@ class Rank:
         rank: int,
         ranks: int,
         spec: ModelSpec,
-        router: Router | GraphedRouter,
-        experts: Experts,
+        intake: Intake | GraphedIntake,
         forward: LayerForward | GraphedForward,
         start_clock: Callable[[int], Clock],
         expert_metrics: bool = False,
@@ -96,8 +84,7 @@ class Rank:
         self._rank = rank
         self._ranks = ranks
         self._spec = spec
-        self._router = router
-        self._experts = experts
+        self._intake = intake
         self._forward = forward
         self._shape = forward.shape
         self._start_clock = start_clock
@@ -105,7 +92,6 @@ class Rank:
         self._copies = copies or AtOnce()
         self._timed: Launched | None = None
         self._local_experts = len(shard(rank, ranks, spec.num_experts, missing))
-        self._expert_map = expert_map(spec.num_experts, missing, self._shape.device) if missing else None
 
     def step(self, step: Step, slabs: Mapping[int, Tensor]) -> StepResult:
         """Launch a step and finish it. See `launch`."""
@@ -123,11 +109,7 @@ class Rank:
         runs = self._copies.read(partial(self._read, step, slabs, clock))
         most_tokens = -(-step.tokens // self._ranks)
         room = self._forward.room(sum(run.tokens for run in runs), most_tokens)
-        with clock("quantize"):
-            requantized_tokens = self._quantize(runs, room)
-        with clock("route"):
-            self._route(step.layer, runs, room)
-            missing_rows = self._place(room)
+        requantized_tokens, missing_rows = self._intake.lay(step.layer, runs, room, clock)
         with_shared = self._want_shared(runs, room)
         output = self._forward.forward(step.layer, room, with_shared, clock, most_tokens=most_tokens)
         rows = convert_runs(output, runs)
@@ -179,68 +161,12 @@ class Rank:
 
     def warm_up(self) -> None:
         """Do everything a first step would pay for; collective."""
-        self._router.warm_up()
+        self._intake.warm_up()
         self._forward.warm_up(self._spec.layers)
 
     def close(self) -> None:
         """Leave the group, with every other rank."""
         self._forward.close()
-
-    def _quantize(self, runs: list[Run], room: Room) -> int:
-        """Lay the runs' tokens into `room` as fp8, and note rows with NaN or Inf.
-
-        Returns: the rows that came with the other granularity of scales.
-        """
-        requantized_tokens = 0
-        for run in runs:
-            rows = slice(run.first, run.first + run.tokens)
-            laid, flags = Quantized(room.tokens.values[rows], room.tokens.scales[rows]), room.notes.non_finite[rows]
-            if run.hidden_scales is None:
-                self._experts.quantize(run.hidden, out=(laid, flags))
-                continue
-            received = Quantized(run.hidden, run.hidden_scales)
-            flags.copy_(w4afp8.check_quantized(received))
-            tokens = w4afp8.zero_rows(received, flags)
-            if run.hidden_scales.shape[1] != self._shape.scale_columns:
-                tokens = self._requantize(tokens)
-                requantized_tokens += run.tokens
-            laid.values.view(torch.uint8).copy_(tokens.values.view(torch.uint8))
-            laid.scales.copy_(tokens.scales)
-        return requantized_tokens
-
-    def _requantize(self, tokens: Quantized) -> Quantized:
-        """Give fp8 tokens this service's granularity; a token that exceeds float32 gets NaN scales."""
-        quantized, overflowed = self._experts.quantize(w4afp8.dequantize_tokens(tokens))
-        return Quantized(quantized.values, quantized.scales.masked_fill(overflowed.unsqueeze(1), torch.nan))
-
-    def _route(self, layer: int, runs: list[Run], room: Room) -> None:
-        """Lay the runs' routes into `room`, none for its padding, and note rows whose logits are not finite."""
-        if not runs:
-            room.ids.fill_(-1)
-        for run in runs:
-            ids, weights, non_finite = self._route_run(layer, run)
-            behind = run.first + run.tokens
-            rows = slice(run.first, None if run is runs[-1] else behind)
-            self._experts.pad_routes(ids, weights, room.ids[rows], room.weights[rows])
-            if non_finite is not None:
-                room.notes.non_finite[run.first : behind].logical_or_(non_finite)
-
-    def _route_run(self, layer: int, run: Run) -> _Routed:
-        if run.segments[0].request.routing == Routing.TOPK:
-            assert run.chosen is not None
-            assert run.weights is not None
-            return _Routed(run.chosen, run.weights, None)
-        if run.chosen is not None:
-            return _Routed(*self._router.by_logits(layer, run.chosen))
-        return _Routed(*self._router.by_hidden(layer, _floats(run)))
-
-    def _place(self, room: Room) -> Tensor | None:
-        """Number experts as the group does. Returns: where it lacks some, [T] int64 routes to those."""
-        if self._expert_map is None:
-            return None
-        placed = place_routes(room.ids, self._expert_map)
-        room.ids.copy_(placed.ids)
-        return placed.missing[: room.tokens.values.shape[0]]
 
     def _want_shared(self, runs: list[Run], room: Room) -> bool:
         """Mark rows whose request wants the shared experts' output. Returns: whether any row gets it."""
@@ -264,13 +190,6 @@ def _write(
     with clock("host_copy"):
         write_runs(rows, runs, slabs, mover)
     return told
-
-
-def _floats(run: Run) -> Tensor:
-    """Return the hidden states [n, H] that a run stands for, in a float type that has all of their bits."""
-    if run.hidden_scales is None:
-        return run.hidden
-    return w4afp8.dequantize_tokens(Quantized(run.hidden, run.hidden_scales))
 
 
 def _requests_with(bad_rows: Tensor, segments: list[Segment]) -> tuple[int, ...]:

@@ -12,11 +12,12 @@ from moe_forward import exchange, memory_plan
 from moe_forward.copy_streams import copies_of
 from moe_forward.cuda_graphs import CudaGraphs
 from moe_forward.exchange import Meeting
-from moe_forward.expert_map import held_experts, shard
+from moe_forward.expert_map import expert_map, held_experts, shard
 from moe_forward.experts import Experts
-from moe_forward.graphed_router import GraphedRouter
+from moe_forward.graphed_intake import GraphedIntake
 from moe_forward.graphs import GraphedForward
 from moe_forward.handshake import Address
+from moe_forward.intake import Intake
 from moe_forward.layer_forward import LayerForward, TokenShape
 from moe_forward.memory_plan import MemoryPlan
 from moe_forward.rank import Rank
@@ -138,10 +139,12 @@ def join_group(setup: RankSetup, router: Router, local_experts: Experts) -> Rank
         return start_clock(step, device, setup.phase_sample_steps)
 
     who, copies = (setup.rank, setup.ranks, spec), copies_of(device, kernels=setup.experts == "cutlass")
+    numbers = expert_map(spec.num_experts, setup.missing, device) if setup.missing else None
+    intake = Intake(router, local_experts, shape, numbers)
     if not group.pads:
-        return Rank(*who, router, local_experts, plain, clock, setup.expert_metrics, setup.missing, copies)
+        return Rank(*who, intake, plain, clock, setup.expert_metrics, setup.missing, copies)
     graph_tokens = min(setup.max_graph_tokens, setup.max_tokens) if local_experts.capturable else 0
     graphs = CudaGraphs()
     forward = GraphedForward(plain, setup.max_tokens, graph_tokens, setup.phase_sample_steps > 0, graphs)
-    graphed_router = GraphedRouter(router, graph_tokens, graphs)
-    return Rank(*who, graphed_router, local_experts, forward, clock, setup.expert_metrics, setup.missing, copies)
+    graphed = GraphedIntake(intake, forward, graph_tokens, spec.layers, graphs)
+    return Rank(*who, graphed, forward, clock, setup.expert_metrics, setup.missing, copies)

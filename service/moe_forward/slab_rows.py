@@ -20,7 +20,7 @@ from moe_forward.errors import StartError
 from moe_forward.moves import Mover, Scattered, TorchMover
 from moe_forward.segments import INPUTS, Segment, segments
 from moe_forward.slab import map_slab
-from moe_forward.types import DType, ForwardRequest, Step, TensorRef
+from moe_forward.types import DType, ForwardRequest, Routing, Step, TensorRef
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,11 @@ class Run:
     def tokens(self) -> int:
         """Rows of all segments."""
         return self.hidden.shape[0]
+
+    @property
+    def routing(self) -> Routing:
+        """Who chooses the experts of these rows."""
+        return self.segments[0].request.routing
 
 
 def attach(fd: int, slab_bytes: int, device: torch.device) -> Tensor:

@@ -92,6 +92,7 @@ def main() -> int:
         "max_rank_restarts": 3,
         "api_keys_file": None,
         "frontends": options.front_ends,
+        "poll_us": options.poll_us,
     }
     generator = torch.Generator().manual_seed(1)
     forward = Forward(spec.layers[-1], torch.randn(33, spec.hidden_size, generator=generator).to(torch.bfloat16))

@@ -12,8 +12,9 @@ from moe_forward.checkpoint import LayerWeights
 from moe_forward.copy_streams import Copies
 from moe_forward.cuda_graphs import Work
 from moe_forward.exchange import Exchange
-from moe_forward.graphed_router import GraphedRouter
+from moe_forward.graphed_intake import GraphedIntake
 from moe_forward.graphs import GraphedForward
+from moe_forward.intake import Intake
 from moe_forward.layer_forward import LayerForward, TokenShape
 from moe_forward.rank import Rank
 from moe_forward.router import Router
@@ -45,14 +46,13 @@ def make_rank(
     router = Router(spec, layers, CPU)
     columns = 1 if granularity == "token" else spec.hidden_size // 128
     shared = spec.shared_intermediate_size > 0
-    plain = LayerForward(
-        exchange, backend, TokenShape(spec.hidden_size, spec.top_k, spec.num_experts, columns, shared, CPU)
-    )
+    shape = TokenShape(spec.hidden_size, spec.top_k, spec.num_experts, columns, shared, CPU)
+    plain, intake = LayerForward(exchange, backend, shape), Intake(router, backend, shape)
     if not exchange.pads:
-        return Rank(rank, ranks, spec, router, backend, plain, start_clock, expert_metrics=True, copies=copies)
+        return Rank(rank, ranks, spec, intake, plain, start_clock, expert_metrics=True, copies=copies)
     forward = GraphedForward(plain, MAX_TOKENS, MAX_GRAPH_TOKENS, timed=False, record=capture)
-    graphed_router = GraphedRouter(router, MAX_GRAPH_TOKENS, capture)
-    return Rank(rank, ranks, spec, graphed_router, backend, forward, start_clock, expert_metrics=True, copies=copies)
+    graphed = GraphedIntake(intake, forward, MAX_GRAPH_TOKENS, spec.layers, capture)
+    return Rank(rank, ranks, spec, graphed, forward, start_clock, expert_metrics=True, copies=copies)
 
 
 def capture(work: Work) -> Work:

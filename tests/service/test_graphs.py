@@ -7,17 +7,13 @@ import torch
 from torch import Tensor
 
 from moe_forward import cuda_graphs
-from moe_forward.checkpoint import LayerWeights
 from moe_forward.cuda_graphs import Work
 from moe_forward.errors import StartError
 from moe_forward.exchange import Dispatched
 from moe_forward.experts import PhaseClock
-from moe_forward.graphed_router import GraphedRouter
 from moe_forward.graphs import GraphedForward
 from moe_forward.layer_forward import LayerForward, StepNotes, TokenShape
-from moe_forward.router import Router, Routes
 from moe_forward.stopwatch import DeviceStopwatch, Event, Untimed
-from moe_forward.types import GateSpec, ModelSpec
 from w4afp8 import Quantized
 
 H, K, E = 128, 2, 5
@@ -301,62 +297,3 @@ def test_what_fails_while_warming_up_is_named_by_layer_and_bucket(ring: Ring, re
     )
     with pytest.raises(StartError, match="layer 3 for 32 tokens a rank failed: RuntimeError: out of something"):
         forward.warm_up(LAYERS)
-
-
-ROUTED = ModelSpec("routed", 64, 128, 16, 3, 0, LAYERS, 128, GateSpec("deepseek_v3", 4, 2, True, 2.5))
-
-
-@pytest.fixture
-def router() -> Router:
-    generator = torch.Generator().manual_seed(0)
-
-    def layer(seed: int) -> LayerWeights:
-        weight = torch.randn(16, 64, generator=generator) + seed
-        return LayerWeights((), None, weight, torch.randn(16, generator=generator) * 0.1)
-
-    return Router(ROUTED, {number: layer(number) for number in LAYERS}, CPU)
-
-
-def same(left: Routes, right: Routes) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("count", [1, 3, 8, 9, 40])
-def test_replayed_routes_have_the_bits_of_the_routers_own(
-    router: Router, recorder: Recorder, count: int, dtype: torch.dtype
-) -> None:
-    graphed = GraphedRouter(router, MAX_GRAPH_TOKENS, recorder)
-    graphed.warm_up()
-    generator = torch.Generator().manual_seed(1)
-    routed = []
-    for layer in (3, 7, 7, 3):
-        hidden = torch.randn(count, 64, generator=generator).to(dtype)
-        recorder.replayed = 0
-        routes = graphed.by_hidden(layer, hidden)
-        assert recorder.replayed == (1 if count <= MAX_GRAPH_TOKENS and dtype == torch.bfloat16 else 0)
-        assert same(routes, router.by_hidden(layer, hidden))
-        routed.append(routes.weights.clone())
-    assert not torch.equal(routed[1], routed[2])
-
-
-def test_rows_with_logits_that_are_not_finite_are_flagged_and_alone(router: Router, recorder: Recorder) -> None:
-    graphed = GraphedRouter(router, MAX_GRAPH_TOKENS, recorder)
-    graphed.warm_up()
-    logits = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
-    clean = graphed.by_logits(3, logits)
-    logits[2, 5] = torch.nan
-    routes = graphed.by_logits(3, logits)
-    assert routes.non_finite.tolist() == [False, False, True, False]
-    assert bool(((routes.ids >= 0) & (routes.ids < 16)).all())
-    for row in (0, 1, 3):
-        assert torch.equal(routes.ids[row], clean.ids[row])
-        assert torch.equal(routes.weights[row], clean.weights[row])
-
-
-def test_a_router_without_graphs_routes_too(router: Router, recorder: Recorder) -> None:
-    graphed = GraphedRouter(router, 0, recorder)
-    graphed.warm_up()
-    hidden = torch.ones(2, 64, dtype=torch.bfloat16)
-    assert same(graphed.by_hidden(3, hidden), router.by_hidden(3, hidden))
-    assert recorder.captured == 0

@@ -47,6 +47,11 @@ def test_every_listening_socket_is_on_loopback(service: Service) -> None:
     assert [entry for entry in found if not entry[1][0].is_loopback] == []
 
 
+def test_ranks_get_their_turn_like_the_service_itself(service: Service) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, service.process.pid)
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in service.rank_pids()} == {own}
+
+
 @pytest.mark.parametrize("with_token", [False, True], ids=["without the token", "with the token"])
 def test_ray_takes_only_who_has_the_token(service: Service, with_token: bool) -> None:
     ((_, port),) = listening(service.pid_of_program("gcs_server"))
