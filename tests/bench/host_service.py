@@ -83,6 +83,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
     parser.add_argument("--loads", type=load_of, nargs="+", default=LOADS, metavar="TOKENSxCALLERS")
     parser.add_argument("--no-kill", dest="kill", action="store_false", help="end after the loads")
+    parser.add_argument("--poll-us", type=int, help="default: the service's own choice")
     parser.add_argument("--front-ends", type=int, default=1)
     options = parser.parse_args()
     spec = checkpoint.read_spec(options.folder)

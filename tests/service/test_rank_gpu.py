@@ -61,11 +61,12 @@ def prepare(shape: Shape, ranks: int, device: torch.device, desk: Desk) -> Done:
         traffic.step(exact(f"{size} tokens a rank", traffic.send(tokens, seed=size)))
     traffic.step(exact("fewer tokens than ranks", traffic.send(1, seed=901)))
     tokens, top_k, experts = 40 * ranks, shape.top_k, shape.experts
-    others = torch.stack([torch.randperm(experts - 1)[: top_k - 1] for _ in range(tokens)])
+    drawn = torch.Generator().manual_seed(902)
+    others = torch.stack([torch.randperm(experts - 1, generator=drawn)[: top_k - 1] for _ in range(tokens)])
     hot = torch.cat([torch.full((tokens, 1), experts - 1), others], dim=1)
     traffic.step(exact("one hot expert", traffic.send(tokens, seed=902, ids=hot)))
     few = max(top_k, experts // ranks)
-    hot = torch.stack([torch.randperm(few)[:top_k] for _ in range(tokens)])
+    hot = torch.stack([torch.randperm(few, generator=drawn)[:top_k] for _ in range(tokens)])
     traffic.step(exact("one hot rank", traffic.send(tokens, seed=903, ids=hot)))
 
     kinds = {
