@@ -52,6 +52,7 @@ class EngineLink:
         self._welcomed = False
         self._gone = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def inflight(self) -> int:
@@ -60,7 +61,8 @@ class EngineLink:
 
     def start(self) -> None:
         """Connect, and connect again whenever the engine goes away, until `close`."""
-        self._keeper = asyncio.create_task(self._keep_connected())
+        self._loop = asyncio.get_running_loop()
+        self._keeper = self._loop.create_task(self._keep_connected())
 
     async def close(self) -> None:
         """Hang up; requests still waiting are answered as lost."""
@@ -76,24 +78,25 @@ class EngineLink:
         """Return a request number that this front end has not used before."""
         return next(self._numbers)
 
-    async def forward(self, request: ForwardRequest) -> ForwardResult:
-        """Send `request` and wait for how it ended; a refusal is a result with a code, never an exception.
+    def forward(self, request: ForwardRequest) -> asyncio.Future[ForwardResult]:
+        """Send `request`; how it ends is the future's result: a refusal is one with a code, never an exception.
 
-        When the awaiting task is cancelled the engine is told to drop the request; its bytes must stay in place
-        until `release_when_done` calls back.
+        Who waits may end the future otherwise and has to `cancel` the request then; its bytes must stay in place until
+        `release_when_done` calls back.
         """
+        future: asyncio.Future[ForwardResult] = (self._loop or asyncio.get_running_loop()).create_future()
         if self._channel is None or not self._welcomed:
-            return self._lost(request.request, held=False)
-        future: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
-        self._waiting[request.request] = future
-        self._channel.post(request)
-        self._awake.touch()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if request.request in self._waiting and self._channel is not None:
-                self._channel.send(Cancel(request.request))
-            raise
+            future.set_result(self._lost(request.request, held=False))
+        else:
+            self._waiting[request.request] = future
+            self._channel.post(request)
+            self._awake.touch()
+        return future
+
+    def cancel(self, request: int) -> None:
+        """Have the engine drop `request` if it still waits there; nothing happens when it has ended."""
+        if request in self._waiting and self._channel is not None:
+            self._channel.send(Cancel(request))
 
     def release_when_done(self, request: int, callback: Callable[[], None]) -> None:
         """Call `callback` once no rank can touch the request's bytes; at once when that is already so."""

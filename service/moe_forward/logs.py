@@ -7,15 +7,17 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 REST_SECONDS = 0.02
 """How late the line of a request may be written; a process that is killed loses those of so long."""
-MOST_WAITING = 256
+MOST_WAITING = 32
+"""Lines; to format more of them at a time would be a pause that requests notice."""
 
 _BORN_WITH = len(logging.makeLogRecord({}).__dict__)
 """How many attributes every record is made with; what it was given came after them."""
@@ -23,15 +25,48 @@ _BORN_WITH = len(logging.makeLogRecord({}).__dict__)
 STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 """What every record carries; anything else was given as `extra` (uvicorn adds a coloured copy of its message)."""
 
+_ALIKE = {
+    **logging.LogRecord("", 0, __file__, 0, "request", (), None, "log_request").__dict__,
+    **dict.fromkeys(("thread", "threadName", "process", "processName")),
+}
+"""What all lines of requests have."""
+
 _PLAIN = re.compile(r"[!#-<>-~]+")
 """Printable ASCII without a space, a quote or an equals sign."""
+
+
+class RequestLine(logging.LogRecord):
+    """The record of a finished request. fields: what it says, in order; those that are None are left out. For handlers
+    that know nothing of this class they are attributes, as those of other records are."""
+
+    def __init__(self, name: str, level: int, fields: dict[str, Any]) -> None:
+        # what all of them have alike is known: to find it out is half of what a line costs
+        self.__dict__.update(_ALIKE)
+        self.__dict__.update(fields)
+        self.name = name
+        self.levelno = level
+        self.levelname = logging.getLevelName(level)
+        self.created = time.time()
+        self.msecs = int(self.created % 1 * 1000) + 0.0  # as LogRecord does
+        self.fields = fields
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether the line may be written a little later, with others."""
+        return self.levelno <= logging.INFO
+
+
+def _given(record: logging.LogRecord) -> Iterable[tuple[str, Any]]:
+    if isinstance(record, RequestLine):
+        return record.fields.items()
+    return islice(record.__dict__.items(), _BORN_WITH, None)
 
 
 def extra_fields(record: logging.LogRecord) -> dict[str, Any]:
     """Return what the caller passed as `extra`, without fields that are None or private (Ray adds one)."""
     return {
         name: value
-        for name, value in islice(record.__dict__.items(), _BORN_WITH, None)
+        for name, value in _given(record)
         if value is not None and name not in STANDARD_FIELDS and name[0] != "_"
     }
 
@@ -61,12 +96,44 @@ def _text_value(value: Any) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
+class _Template(NamedTuple):
+    """How fields of certain names and types are written. pattern: for `%`. names: told ones. quoted: places of text."""
+
+    pattern: str
+    names: tuple[str, ...]
+    quoted: tuple[int, ...]
+
+
+_PATTERNS = {int: "%d", float: "%.6g"}
+
+
+@lru_cache(maxsize=256)
+def _template(names: tuple[str, ...], kinds: tuple[type, ...]) -> _Template:
+    told = [
+        (name, kind)
+        for name, kind in zip(names, kinds, strict=True)
+        if kind is not type(None) and name not in STANDARD_FIELDS and name[0] != "_"
+    ]
+    pattern = "".join(f" {name.replace('%', '%%')}={_PATTERNS.get(kind, '%s')}" for name, kind in told)
+    quoted = tuple(place for place, (_, kind) in enumerate(told) if kind not in _PATTERNS)
+    return _Template(pattern, tuple(name for name, _ in told), quoted)
+
+
+def _fields_text(fields: Mapping[str, Any]) -> str:
+    """Return fields as `_text_value` writes each, by one pattern: requests have the same ones again and again."""
+    pattern, names, quoted = _template(tuple(fields), tuple(map(type, fields.values())))
+    values = [fields[name] for name in names]
+    for place in quoted:
+        values[place] = _text_value(values[place])
+    return pattern % tuple(values)
+
+
 class TextFormatter(logging.Formatter):
     """`time LEVEL logger: message key=value ...`, then the traceback where there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text."""
-        fields = "".join(f" {name}={_text_value(value)}" for name, value in extra_fields(record).items())
+        fields = _fields_text(record.fields if isinstance(record, RequestLine) else extra_fields(record))
         line = f"{_timestamp(record)} {record.levelname} {record.name}: {_one_line(record.getMessage())}{fields}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
@@ -103,7 +170,7 @@ class _Together(logging.StreamHandler[TextIO]):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, or keep it for a moment."""
         self._waiting.append(record)
-        if not getattr(record, "_may_wait", False) or len(self._waiting) == MOST_WAITING:
+        if not (isinstance(record, RequestLine) and record.may_wait) or len(self._waiting) == MOST_WAITING:
             self._write_waiting()
         elif len(self._waiting) == 1:
             try:
@@ -130,7 +197,7 @@ class _Together(logging.StreamHandler[TextIO]):
             self.handleError(waiting[-1])
 
 
-class _Always(logging.Filter):
+class Always(logging.Filter):
     """Adds the same extra fields to every record; what a record brings itself stays."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
@@ -139,7 +206,14 @@ class _Always(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass."""
-        record.__dict__.update({**self._fields, **extra_fields(record)})
+        if isinstance(record, RequestLine):
+            given = record.fields
+            record.fields = {**given, **self._fields}
+            for name in self._fields:
+                if given.get(name) is not None:
+                    record.fields[name] = given[name]
+        else:
+            record.__dict__.update({**self._fields, **extra_fields(record)})
         return True
 
 
@@ -159,7 +233,7 @@ def configure(
         setattr(logging, name, False)
     handler = _Together(stream or sys.stderr)
     if fields:
-        handler.addFilter(_Always(fields))
+        handler.addFilter(Always(fields))
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     root = logging.getLogger()
     for old in list(root.handlers):
@@ -175,13 +249,7 @@ def configure(
     logging.getLogger("uvicorn.access").disabled = True
 
 
-def log_request(log: logging.Logger, level: int, fields: Mapping[str, Any]) -> None:
+def log_request(log: logging.Logger, level: int, fields: dict[str, Any]) -> None:
     """Write the one line of a finished request; `fields` must not hold anything a client sent as tensor data."""
-    if not log.isEnabledFor(level):
-        return
-    # What `log.log` does, without looking through the stack for a line of code that is always the same.
-    record = logging.getLogRecordFactory()(log.name, level, __file__, 0, "request", (), None, "log_request")
-    record.__dict__.update(fields)
-    if level <= logging.INFO:
-        record.__dict__["_may_wait"] = True
-    log.handle(record)
+    if log.isEnabledFor(level):
+        log.handle(RequestLine(log.name, level, fields))

@@ -8,17 +8,19 @@ A scrape in OpenMetrics format also names traces, one a bucket of the request du
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 
 from prometheus_client import CollectorRegistry
 
+from moe_forward.counted_together import CountedTogether
 from moe_forward.errors import ErrorCode
 from moe_forward.expert_tokens import ExpertTokens
 from moe_forward.rebalances import RESULTS, Rebalances
 from moe_forward.request_record import RequestRecord
-from moe_forward.series import Counter, Gauge, Histogram
+from moe_forward.series import Counter, Gauge, Histogram, Settling
 from moe_forward.types import PHASES, EngineStatus, QueueReport, StepReport
 
 PREFIX = "moe_forward_"
@@ -72,6 +74,10 @@ class Metrics:
         self._build: tuple[str, str] | None = None
         self._changes = Rebalances()
         self._missing: dict[int, tuple[int, ...]] = {}  # experts that a rank group lacked, by its generation
+        self._finished: CountedTogether[RequestRecord] = CountedTogether(self._count_requests)
+        self._steps: CountedTogether[tuple[str, StepReport]] = CountedTogether(self._count_steps)
+        self._queue: tuple[str, QueueReport] | None = None  # as last told
+        registry.register(Settling(self._settle))  # the first, so that what it counts is in what the others show
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, text, labels, registry=registry)
@@ -153,31 +159,42 @@ class Metrics:
 
     def request_finished(self, record: RequestRecord) -> None:
         """Count a forward request out, however it ended."""
-        model, route = record.model, record.route
-        self._inflight.labels(model).dec()
-        self._requests.labels(model, route, str(record.status)).inc()
-        exemplar = {"trace_id": record.trace_id} if record.sampled and record.trace_id else None
-        self._request_seconds.labels(model, route).observe(record.duration_seconds, exemplar)
-        if record.code is None:
-            self._tokens.labels(model).inc(record.tokens or 0)
-        else:
-            self.rejected(record.code)
-        if record.queue_seconds is not None:
-            self._queue_seconds.labels(model).observe(record.queue_seconds)
-        if record.encoding is not None:
-            for series, value in (
-                (self._body_bytes, record.body_bytes),
-                (self._decode_seconds, record.decode_seconds),
-                (self._encode_seconds, record.encode_seconds),
-            ):
-                if value is not None:
-                    series.labels(record.encoding).observe(value)
+        self._finished.add(record)
 
-    def rejected(self, code: ErrorCode) -> None:
-        """Count a refusal; codes that blame the request's content are left to `requests_total`."""
+    def _settle(self) -> None:
+        self._finished.settle()
+        self._steps.settle()
+        if self._queue is not None:
+            model, report = self._queue
+            self._queue_requests.labels(model).set(report.requests)
+            self._queue_tokens.labels(model).set(report.tokens)
+
+    def _count_requests(self, records: list[RequestRecord]) -> None:
+        alike: dict[tuple[str, str, int, ErrorCode | None, str | None], list[RequestRecord]] = defaultdict(list)
+        for record in records:
+            alike[record.model, record.route, record.status, record.code, record.encoding].append(record)
+        for (model, route, status, code, encoding), found in alike.items():
+            self._inflight.labels(model).dec(len(found))
+            self._requests.labels(model, route, str(status)).inc(len(found))
+            if code is None:
+                self._tokens.labels(model).inc(sum([record.tokens or 0 for record in found]))
+            else:
+                self.rejected(code, len(found))
+            observe = self._request_seconds.labels(model, route).observe
+            for record in found:
+                exemplar = {"trace_id": record.trace_id} if record.sampled and record.trace_id else None
+                observe(record.duration_seconds, exemplar)
+            _observe(self._queue_seconds, model, [record.queue_seconds for record in found])
+            if encoding is not None:
+                _observe(self._body_bytes, encoding, [record.body_bytes for record in found])
+                _observe(self._decode_seconds, encoding, [record.decode_seconds for record in found])
+                _observe(self._encode_seconds, encoding, [record.encode_seconds for record in found])
+
+    def rejected(self, code: ErrorCode, requests: int = 1) -> None:
+        """Count refusals for one reason; codes that blame the request's content are left to `requests_total`."""
         reason = REJECTIONS.get(code)
         if reason is not None:
-            self._rejected.labels(reason).inc()
+            self._rejected.labels(reason).inc(requests)
 
     def export_failed(self) -> None:
         """Count a batch of spans that nobody took; may be called from any thread."""
@@ -186,27 +203,38 @@ class Metrics:
 
     def queue_changed(self, model: str, report: QueueReport) -> None:
         """Take in what waits in the engine."""
-        self._queue_requests.labels(model).set(report.requests)
-        self._queue_tokens.labels(model).set(report.tokens)
+        self._queue = model, report
 
     def step_finished(self, model: str, report: StepReport) -> None:
         """Take in one finished step of the engine."""
+        self._steps.add((model, report))
+        self.queue_changed(model, QueueReport(report.queue_requests, report.queue_tokens))
+
+    def _count_steps(self, steps: list[tuple[str, StepReport]]) -> None:
+        sums: dict[Counter, int] = defaultdict(int)
+        for model, report in steps:
+            self._count_step(model, report, sums)
+        for series, amount in sums.items():
+            series.inc(amount)
+
+    def _count_step(self, model: str, report: StepReport, sums: dict[Counter, int]) -> None:
         self._batch_tokens.labels(model).observe(report.tokens)
         self._batch_requests.labels(model).observe(report.requests)
-        self.queue_changed(model, QueueReport(report.queue_requests, report.queue_tokens))
+        requantized, dropped, rows = 0, 0, []
         for result in report.results:
             timed = PHASES if result.phase_seconds else ()
             for phase, seconds in zip(timed, result.phase_seconds, strict=True):
                 if seconds > 0:  # a phase that did not happen (say, routing that the client did) is no observation
                     self._phase_seconds.labels(model, result.rank, phase).observe(seconds)
             tokens, dispatched, combined = self._counters_of(result.rank)
-            tokens.inc(result.routed_rows)
-            dispatched.inc(result.dispatch_bytes)
-            combined.inc(result.combine_bytes)
-        self._requantized.labels(model).inc(sum(result.requantized_tokens for result in report.results))
-        dropped = sum(sum(result.missing_routes) for result in report.results)
-        self._dropped.labels(model).inc(dropped)
-        rows = [result.routed_rows for result in report.results]
+            sums[tokens] += result.routed_rows
+            sums[dispatched] += result.dispatch_bytes
+            sums[combined] += result.combine_bytes
+            requantized += result.requantized_tokens
+            dropped += sum(result.missing_routes)
+            rows.append(result.routed_rows)
+        sums[self._requantized.labels(model)] += requantized
+        sums[self._dropped.labels(model)] += dropped
         if sum(rows) > 0:
             self._imbalance.labels(report.layer).set(max(rows) * len(rows) / sum(rows))
         if self._expert_tokens is not None:
@@ -257,3 +285,12 @@ class Metrics:
             self._build_info.clear()
             versions = [package_version(name) for name in ("moe-forward", "torch", "ray")]
             self._build_info.labels(*versions, *self._build).set(1)
+
+
+def _observe(series: Histogram, label: str, values: Sequence[float | None]) -> None:
+    """Observe what is known of several requests; None is what one did not come to."""
+    known = [value for value in values if value is not None]
+    if known:
+        observe = series.labels(label).observe
+        for value in known:
+            observe(value)

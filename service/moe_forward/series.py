@@ -1,14 +1,17 @@
 """Prometheus series whose children are looked up once: `labels` makes strings of its values and takes a lock, and a
-request has a dozen of them."""
+request has a dozen of them. And what has the last word before they are read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from prometheus_client import Counter as PlainCounter
 from prometheus_client import Gauge as PlainGauge
 from prometheus_client import Histogram as PlainHistogram
+from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
 
 Self = TypeVar("Self", bound="_Remembering")
 
@@ -45,3 +48,19 @@ class Gauge(_Remembering, PlainGauge):
 
 class Histogram(_Remembering, PlainHistogram):
     """See the module."""
+
+
+class Settling(Collector):
+    """Has `settle` called whenever a registry is read; registered there before what is to be read."""
+
+    def __init__(self, settle: Callable[[], None]) -> None:
+        self._settle = settle
+
+    def describe(self) -> Iterator[Metric]:
+        """Name no family."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Show nothing."""
+        self._settle()
+        return iter(())

@@ -15,6 +15,9 @@ from typing import NamedTuple
 ALIGNMENT_BYTES = 256
 """Extents start on this boundary, so that no cache line (or DMA burst) belongs to two requests."""
 
+READY_PART = 1 / 8
+"""Of a slab may lie in extents that wait for a request of the same size."""
+
 
 class Extent(NamedTuple):
     """A piece of a slab.
@@ -29,6 +32,8 @@ class Extent(NamedTuple):
 class Slab:
     """Shared memory with a first-fit allocator over byte extents.
 
+    What was freed last is taken first by who needs as much: its bytes are still in the caches, and nothing is searched.
+
     nbytes: size of the memory file; pages are taken from the system when first touched.
     """
 
@@ -38,6 +43,9 @@ class Slab:
         os.ftruncate(self.fd, self.nbytes)
         self._memory = memoryview(map_slab(self.fd, self.nbytes))
         self._free: list[tuple[int, int]] = [(0, self.nbytes)]  # (offset, bytes), ascending, never adjacent
+        self._ready: dict[int, list[int]] = {}  # bytes -> offsets of freed extents that are not in `_free` yet
+        self._ready_bytes = 0
+        self._most_ready_bytes = int(self.nbytes * READY_PART)
         self._taken: dict[int, int] = {}
 
     @property
@@ -47,23 +55,55 @@ class Slab:
 
     def allocate(self, nbytes: int) -> Extent | None:
         """Take an extent of `nbytes` bytes (0 is one unit), or None when no hole is large enough."""
-        need = max(1, -(-nbytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
-        for index, (offset, size) in enumerate(self._free):
-            if size >= need:
-                if size == need:
-                    del self._free[index]
-                else:
-                    self._free[index] = (offset + need, size - need)
-                self._taken[offset] = need
-                return Extent(offset, nbytes)
-        return None
+        need = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES or ALIGNMENT_BYTES
+        ready = self._ready.get(need)
+        if ready:
+            offset = ready.pop()
+            self._ready_bytes -= need
+        else:
+            found = self._first_fit(need)
+            if found is None and self._ready_bytes:
+                self._join_ready()
+                found = self._first_fit(need)
+            if found is None:
+                return None
+            offset = found
+        self._taken[offset] = need
+        return Extent(offset, nbytes)
 
     def free(self, extent: Extent) -> None:
         """Give an extent back; freeing one that is not taken is a bug and raises ValueError."""
         size = self._taken.pop(extent.offset, None)
         if size is None:
             raise ValueError(f"the extent at {extent.offset} is not taken")
-        offset = extent.offset
+        ready = self._ready.get(size)
+        if ready is None:
+            self._ready[size] = [extent.offset]
+        else:
+            ready.append(extent.offset)
+        self._ready_bytes += size
+        if self._ready_bytes > self._most_ready_bytes:
+            self._join_ready()
+
+    def _first_fit(self, need: int) -> int | None:
+        for index, (offset, size) in enumerate(self._free):
+            if size >= need:
+                if size == need:
+                    del self._free[index]
+                else:
+                    self._free[index] = (offset + need, size - need)
+                return offset
+        return None
+
+    def _join_ready(self) -> None:
+        """Let every freed extent grow together with the holes beside it."""
+        for size, offsets in self._ready.items():
+            for offset in offsets:
+                self._join(offset, size)
+        self._ready.clear()
+        self._ready_bytes = 0
+
+    def _join(self, offset: int, size: int) -> None:
         index = bisect.bisect_left(self._free, (offset, 0))
         if index < len(self._free) and offset + size == self._free[index][0]:
             size += self._free.pop(index)[1]

@@ -171,7 +171,11 @@ class Front:
         self.link.release_when_done(request.request, lambda: self.slab.free(extent))
 
     async def forward(self, request: ForwardRequest) -> ForwardResult:
-        return await asyncio.wait_for(self.link.forward(request), HANG_SECONDS)
+        try:
+            return await asyncio.wait_for(self.link.forward(request), HANG_SECONDS)
+        except asyncio.CancelledError:
+            self.link.cancel(request.request)
+            raise
 
     def send(self, request: ForwardRequest) -> asyncio.Task[ForwardResult]:
         return asyncio.create_task(self.forward(request))

@@ -5,10 +5,25 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moe_forward.logs import MOST_WAITING, REST_SECONDS, configure, log_request
+from moe_forward.errors import ErrorCode
+from moe_forward.logs import (
+    MOST_WAITING,
+    REST_SECONDS,
+    STANDARD_FIELDS,
+    Always,
+    JsonFormatter,
+    RequestLine,
+    TextFormatter,
+    configure,
+    extra_fields,
+    log_request,
+)
 
 log = logging.getLogger("moe_forward.test")
 
@@ -148,6 +163,50 @@ async def test_a_log_that_cannot_be_written_ends_no_request(
     stream.close()
     log.warning("also lost")
     assert "I/O operation on closed file" in capsys.readouterr().err
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=12),
+    st.sampled_from(ErrorCode),
+    st.just((1, "a b")),
+)
+FIELDS = st.dictionaries(st.sampled_from(["a", "b", "_c", "100%", "name", "thread", "status", "id"]), VALUES)
+
+
+@settings(max_examples=200, deadline=None)
+@given(FIELDS, st.dictionaries(st.sampled_from(["front", "a"]), st.integers(), max_size=2))
+def test_a_request_line_says_what_any_record_with_its_fields_says(
+    given_fields: dict[str, Any], always: dict[str, Any]
+) -> None:
+    plain = logging.LogRecord("moe", logging.INFO, __file__, 0, "request", (), None)
+    line = RequestLine("moe", logging.INFO, dict(given_fields))
+    plain.__dict__.update({name: value for name, value in given_fields.items() if name not in STANDARD_FIELDS})
+    line.created = plain.created
+    for record in (plain, line):
+        Always(always).filter(record)
+    assert extra_fields(line) == extra_fields(plain)
+    for formatter in (TextFormatter(), JsonFormatter()):
+        assert formatter.format(line) == formatter.format(plain)
+    words = "".join(f" {name}={in_text(value)}" for name, value in extra_fields(plain).items())
+    assert TextFormatter().format(line).partition("moe: ")[2] == f"request{words}"
+
+
+def in_text(value: Any) -> str:
+    """What a value looks like in a text line, as plainly as it can be said."""
+    if type(value) is float:
+        return f"{value:.6g}"
+    text = str(value)
+    plain = bool(text) and all("!" <= character <= "~" and character not in '"=' for character in text)
+    return text if plain or type(value) is int else json.dumps(text)
+
+
+def test_fields_of_a_request_are_attributes_for_other_handlers() -> None:
+    line = RequestLine("moe", logging.INFO, {"status": 200, "levelname": "forged"})
+    assert (vars(line)["status"], line.levelname, line.thread) == (200, "INFO", None)
 
 
 def numbers(stream: io.StringIO) -> list[int]:

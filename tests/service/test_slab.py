@@ -156,3 +156,12 @@ def test_another_process_sees_writes_and_answers_in_place(slab: Slab) -> None:
 def test_mapping_more_than_the_file_has_is_refused(slab: Slab) -> None:
     with pytest.raises(ValueError, match=f"has {SLAB_BYTES} bytes, {SLAB_BYTES + 1} were announced"):
         map_slab(slab.fd, SLAB_BYTES + 1)
+
+
+def test_what_was_freed_last_is_taken_first_by_who_needs_as_much(slab: Slab) -> None:
+    extents = [slab.allocate(3 * ALIGNMENT_BYTES) for _ in range(4)]
+    for index in (0, 2):
+        extent = extents[index]
+        assert extent is not None
+        slab.free(extent)
+    assert slab.allocate(3 * ALIGNMENT_BYTES - 1) == Extent(6 * ALIGNMENT_BYTES, 3 * ALIGNMENT_BYTES - 1)

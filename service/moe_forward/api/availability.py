@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Protocol
 
 from moe_forward.errors import ErrorCode, ForwardError
@@ -22,7 +20,7 @@ class HasStatus(Protocol):
 
 
 class Availability:
-    """One front end's answer to "ready?" and "live?", and the count of requests it is serving."""
+    """One front end's answer to "ready?" and "live?". inflight: forwards being served, counted by their routes."""
 
     def __init__(self, link: HasStatus) -> None:
         self._link = link
@@ -32,15 +30,6 @@ class Availability:
     def drain(self) -> None:
         """Refuse what is new from now on; what is in flight goes on. Cannot be undone."""
         self.draining = True
-
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Count a request as in flight while the block runs."""
-        self.inflight += 1
-        try:
-            yield
-        finally:
-            self.inflight -= 1
 
     def refusal(self) -> ForwardError | None:
         """Return why a forward cannot be taken now, or None when it can."""

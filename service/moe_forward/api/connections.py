@@ -18,11 +18,12 @@ from typing import Any
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from moe_forward.api.buffers import Buffers
 from moe_forward.api.direct import DirectBody, DirectPeer
 from moe_forward.api.errors import render
+from moe_forward.api.heads import Head, Heads
 from moe_forward.api.peer import EXTENSION
 from moe_forward.api.request_id import new_request_id
 from moe_forward.errors import ErrorCode, ForwardError
@@ -63,13 +64,14 @@ class _Flow(FlowControl):
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, held to `limits`.
 
-    buffers: to read into. takes_body: see `server_settings`. Further arguments are uvicorn's.
+    buffers: to read into. heads: parsed before. takes_body: see `server_settings`. Further arguments are uvicorn's.
     """
 
     def __init__(
         self,
         limits: ConnectionLimits,
         buffers: Buffers,
+        heads: Heads,
         takes_body: Callable[[str], bool],
         *arguments: Any,
         **options: Any,
@@ -77,12 +79,14 @@ class Connection(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._limits = limits
         self._buffers = buffers
+        self._known_heads = heads
         self._takes_body = takes_body
         self._socket: int | None = None  # to write to past the loop; None under TLS
         self._peers: deque[DirectPeer | None] = deque()  # of the requests not yet answered, in order
         self._body: DirectBody | None = None  # being received
         self._awaits_body: tuple[DirectPeer, int] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._parser_is_new = True
         self._in_head = True  # waiting for a request's headers, or receiving them
         self._head_started = False
         self._heads = self._messages = 0
@@ -145,10 +149,63 @@ class Connection(HttpToolsProtocol):
         while start < end and self._refusal is None:
             mark = buffer.find(b"\r\n\r\n", start, end) if self._in_head else -1
             stop = end if mark < 0 else mark + 4
-            self.data_received(data[start:stop])
+            if mark >= 0 and self._parser_is_new:
+                self._take_head(bytes(data[start:stop]))
+            else:
+                self.data_received(data[start:stop])
             start = stop
             if self._awaits_body is not None:
                 start = self._begin_body(buffer, start, end)
+
+    def _take_head(self, text: bytes) -> None:
+        """Begin the request of a whole head, which a parser would read from its start."""
+        head = self._known_heads.find(text)
+        if head is not None:
+            self._begin_request(head)
+            return
+        self.data_received(text)
+        if self._awaits_body is not None:
+            peer, length = self._awaits_body
+            cycle = self.cycle
+            known = Head(self.scope.copy(), length, cycle.keep_alive, cycle.waiting_for_100_continue, peer.notes)  # type: ignore[arg-type]
+            self._known_heads.keep(text, known)
+
+    def _begin_request(self, head: Head) -> None:
+        """Do what the server does when its parser has come to the end of a head."""
+        self._unset_keepalive_if_required()
+        self._stop_clock()
+        self._in_head = False
+        before = self.cycle
+        scope: Any = head.scope.copy()
+        scope["server"], scope["client"], scope["scheme"] = self.server, self.client, self.scheme
+        scope["state"] = self.app_state.copy()
+        cycle = self.cycle = RequestResponseCycle(
+            scope,
+            self.transport,
+            self.flow,
+            self.logger,
+            self.access_logger,
+            self.access_log,
+            self.server_state.default_headers,
+            asyncio.Event(),
+            head.expects_continue,
+            head.keep_alive,
+            self.on_response_complete,
+        )
+        self._passes_body(DirectPeer(self, cycle, head.notes), scope, head.body_bytes)
+        self.scope = scope
+        if before is None or before.response_complete:
+            self._start_asgi_task(cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
+
+    def _passes_body(self, peer: DirectPeer, scope: Any, length: int) -> None:
+        """Have the body of a request, if it has one, go to `peer` by itself."""
+        self._peers.append(peer)
+        scope["extensions"] = {EXTENSION: peer}
+        if length:
+            self._awaits_body = (peer, length)
 
     def _begin_body(self, buffer: bytearray, start: int, end: int) -> int:
         """Have the body of which [start, end) of `buffer` is the first part, and may be more, go past the parser.
@@ -173,8 +230,10 @@ class Connection(HttpToolsProtocol):
     def _body_came(self, body: DirectBody) -> None:
         """Go on with the next request; the parser would go on with this one's body."""
         self._body = None
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn makes it
+        if not self._parser_is_new:
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn makes it
+            self._parser_is_new = True
         self.on_message_complete()
         body.came()
 
@@ -192,6 +251,7 @@ class Connection(HttpToolsProtocol):
         if self._refusal is not None:
             return
         heads, messages, unfinished = self._heads, self._messages, self._head_started
+        self._parser_is_new = False
         super().data_received(data)  # type: ignore[arg-type]  # the parser takes either
         if self._in_head and self._timer is None and (self._head_started or self._messages == messages):
             self._allow(self._limits.header_seconds)
@@ -227,12 +287,7 @@ class Connection(HttpToolsProtocol):
         if not self._takes_body(self.scope["path"]):
             self._peers.append(None)
             return
-        peer = DirectPeer(self, self.cycle)
-        self._peers.append(peer)
-        self.scope["extensions"] = {EXTENSION: peer}  # type: ignore[dict-item]  # the peer is an object
-        length = _body_length(self.headers)
-        if length:
-            self._awaits_body = (peer, length)
+        self._passes_body(DirectPeer(self, self.cycle, {}), self.scope, _body_length(self.headers))
 
     def on_body(self, body: bytes) -> None:
         """Hand a part of a body over in uvicorn's way; the rest of it then goes the same way."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
@@ -102,9 +102,10 @@ class DirectBody:
 class DirectPeer:
     """The client of one request on a `Connection`. body: None where the server's own way has it."""
 
-    __slots__ = ("_body", "_connection", "_cycle", "_on_gone")
+    __slots__ = ("_body", "_connection", "_cycle", "_on_gone", "notes")
 
-    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
+    def __init__(self, connection: Connection, cycle: RequestResponseCycle, notes: dict[object, Any]) -> None:
+        self.notes = notes
         self._connection = connection
         self._cycle = cycle
         self._body: DirectBody | None = None
@@ -180,7 +181,8 @@ class DirectPeer:
     ) -> None:
         """See `Peer`."""
         cycle, transport = self._cycle, self._cycle.transport
-        await self._room(chunk_timeout_seconds)
+        if cycle.flow.write_paused:
+            await self._room(chunk_timeout_seconds)
         if cycle.disconnected:
             release()
             return
@@ -208,15 +210,17 @@ class DirectPeer:
         self._complete()
 
     def _head(self, status: int, headers: Headers, length: int) -> bytes:
-        cycle = self._cycle
+        cycle, closes = self._cycle, False
         cycle.response_started = True
         cycle.waiting_for_100_continue = False
-        lines = [f"{name}: {value}\r\n" for name, value in headers]
-        if any(name == "connection" for name, _ in headers):  # nothing but close is ever said
-            cycle.keep_alive = False
-        elif not cycle.keep_alive:
-            lines.append("connection: close\r\n")
-        return STATUS_LINE[status] + f"{''.join(lines)}content-length: {length}\r\n\r\n".encode("latin-1")
+        lines = ""
+        for name, value in headers:
+            lines += f"{name}: {value}\r\n"
+            if name == "connection":  # nothing but close is ever said
+                cycle.keep_alive, closes = False, True
+        if not (cycle.keep_alive or closes):
+            lines += "connection: close\r\n"
+        return STATUS_LINE[status] + f"{lines}content-length: {length}\r\n\r\n".encode("latin-1")
 
     async def _room(self, timeout_seconds: float) -> None:
         """Wait until the socket has taken what was sent (under TLS: most of it)."""

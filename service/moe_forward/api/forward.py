@@ -15,16 +15,10 @@ from dataclasses import dataclass
 from starlette.types import Receive, Scope, Send
 
 from moe_forward.api.availability import Availability
-from moe_forward.api.body import (
-    ClientDisconnected,
-    check_content_encoding,
-    content_length,
-    header_map,
-    query_fields,
-)
+from moe_forward.api.body import ClientDisconnected
+from moe_forward.api.call_head import CallHead, read_call_head
 from moe_forward.api.clients import client_number
 from moe_forward.api.errors import STATUS, render
-from moe_forward.api.interruption import Interruption
 from moe_forward.api.keys import caller
 from moe_forward.api.lease import Lease
 from moe_forward.api.peer import Peer, peer_of
@@ -40,7 +34,6 @@ from moe_forward.tracing import Tracer, trace_context
 from moe_forward.types import ForwardRequest, ForwardResult, TensorRef
 from moe_forward.wire.base import Encoding, ForwardCall, ReplyNotes, WireLimits, WireReply, WireRequest, WireTensor
 from moe_forward.wire.missing import marked, missing_of
-from moe_forward.wire.oip import check_model
 
 log = logging.getLogger(__name__)
 
@@ -80,27 +73,30 @@ class ForwardRoute:
         record = RequestRecord(self._route, request_id(scope), self._model)
         peer = peer_of(scope, receive, send)
         lease = Lease(self._link)
-        record.moments.started = time.perf_counter()
-        span = self._begin_trace(scope, record)
-        self._parts.metrics.request_started(self._model)
+        parts = self._parts
+        started = record.moments.started = time.perf_counter()
+        span = self._begin_trace(scope, peer, record)
+        parts.metrics.request_started(self._model)
+        parts.availability.inflight += 1
         try:
-            with self._parts.availability.serving():
-                await self._serve(scope, peer, lease, record)
+            await self._serve(scope, peer, lease, record)
         except (ClientDisconnected, asyncio.CancelledError) as error:
             record.status, record.code = STATUS[ErrorCode.CANCELLED], ErrorCode.CANCELLED
             if isinstance(error, asyncio.CancelledError):
                 raise
         finally:
+            parts.availability.inflight -= 1
             lease.release()
-            record.duration_seconds = time.perf_counter() - record.moments.started
-            self._parts.metrics.request_finished(record)
-            if self._parts.tracer is not None:
-                self._parts.tracer.request_finished(span, record)
+            record.duration_seconds = time.perf_counter() - started
+            parts.metrics.request_finished(record)
+            if parts.tracer is not None:
+                parts.tracer.request_finished(span, record)
             _log(record, caller(scope))
 
-    def _begin_trace(self, scope: Scope, record: RequestRecord) -> object:
+    def _begin_trace(self, scope: Scope, peer: Peer, record: RequestRecord) -> object:
         """Note the trace that the request is part of, and begin its span where traces are collected."""
-        parent = trace_context(scope["headers"])
+        head: CallHead | None = peer.notes.get(self)
+        parent = trace_context(scope["headers"]) if head is None else head.trace
         if parent is not None:
             record.trace_id, record.sampled = parent.trace_id, parent.sampled
         return None if self._parts.tracer is None else self._parts.tracer.request_started(record, parent)
@@ -137,44 +133,37 @@ class ForwardRoute:
         await peer.send_reply(rendered.status, headers, b"", rendered.body, lease.release, chunk_timeout)
 
     async def _answer(self, scope: Scope, peer: Peer, lease: Lease, record: RequestRecord) -> WireReply:
-        config, slab = self._parts.config, self._link.slab
+        limits, slab, moments = self._parts.limits, self._link.slab, record.moments
         refusal = self._parts.availability.refusal()
         if refusal is not None:
             raise refusal
-        if scope["method"] != "POST":
-            raise ForwardError(ErrorCode.METHOD_NOT_ALLOWED, f"method: expected POST, got {scope['method']}")
-        path_parameters = scope.get("path_params", {})
-        model, version = path_parameters.get("model"), path_parameters.get("version")
-        check_model(model, version, self._parts.limits.spec)
-        headers = header_map(scope["headers"])
-        check_content_encoding(headers)
-        encoding, limit_bytes = self._choose(headers)
+        head: CallHead | None = peer.notes.get(self)
+        if head is None:
+            head = peer.notes[self] = read_call_head(scope, self._choose, limits.spec)
+        headers, query, model, version, encoding, body_bytes, _ = head
         record.encoding = encoding.name
-        length = content_length(headers, limit_bytes)
-        query = query_fields(scope["query_string"])
+        body = lease.take(body_bytes, "the body")
+        view = slab.view(body.offset, body_bytes)
+        await peer.receive_body(view, self._parts.config.body_timeout_seconds)
+        record.body_bytes = body_bytes
 
-        body = lease.take(length, "the body")
-        view = slab.view(body.offset, length)
-        await peer.receive_body(view, config.body_timeout_seconds)
-        record.body_bytes = length
-
-        start = record.moments.decoding = time.perf_counter()
-        wire_request = WireRequest(headers, query, view, model, version)
-        call = encoding.decode(wire_request, self._parts.limits)
+        start = moments.decoding = time.perf_counter()
+        call = encoding.decode(WireRequest(headers, query, view, model, version), limits)
         record.layer, record.tokens = call.layer, call.tokens
         request = self._request(call, body, lease, client_number(scope))
-        record.decode_seconds = time.perf_counter() - start
+        handed_over = moments.handed_over = time.perf_counter()
+        record.decode_seconds = handed_over - start
 
-        record.moments.handed_over = time.perf_counter()
         result = record.result = await self._result(request, peer, lease)
-        record.moments.answered = time.perf_counter()
+        start = moments.answered = time.perf_counter()
         record.queue_seconds, record.step_seconds = result.queue_seconds, result.step_seconds
         if result.code is not None:
             raise ForwardError(ErrorCode(result.code), result.message, result.retry_after_seconds)
 
-        start = record.moments.encoding = time.perf_counter()
-        output = slab.view(request.output.offset, call.tokens * request.output.columns * call.output_dtype.itemsize)
-        missing = missing_of(result, self._parts.limits.spec.num_experts)
+        moments.encoding = start
+        place = request.output
+        output = slab.view(place.offset, call.tokens * place.columns * place.dtype.itemsize)
+        missing = missing_of(result, limits.spec.num_experts)
         lacking = {} if missing is None else missing.fields
         notes = ReplyNotes(record.request_id, result.batch_tokens, result.queue_seconds, result.step_seconds, lacking)
         reply = marked(encoding.encode(call, output, notes), missing)
@@ -185,10 +174,7 @@ class ForwardRoute:
         """Describe `call` to the engine: every tensor by its place in the slab, converted ones copied there."""
         columns = self._parts.limits.spec.hidden_size
         output = lease.take(call.tokens * columns * call.output_dtype.itemsize, "the output")
-
-        def place(tensor: WireTensor | None) -> TensorRef | None:
-            return None if tensor is None else self._place(tensor, body, lease)
-
+        scales, chosen, weights = call.hidden_scales, call.chosen, call.weights
         timeout_seconds = call.timeout_seconds
         if timeout_seconds is None:
             timeout_seconds = self._parts.config.default_timeout_seconds
@@ -200,10 +186,10 @@ class ForwardRoute:
             deadline_seconds=time.monotonic() + timeout_seconds,
             shared_experts=call.shared_experts,
             hidden=self._place(call.hidden, body, lease),
-            hidden_scales=place(call.hidden_scales),
+            hidden_scales=None if scales is None else self._place(scales, body, lease),
             routing=call.routing,
-            chosen=place(call.chosen),
-            weights=place(call.weights),
+            chosen=None if chosen is None else self._place(chosen, body, lease),
+            weights=None if weights is None else self._place(weights, body, lease),
             output=TensorRef(output.offset, call.output_dtype, columns),
             client=client,
         )
@@ -220,15 +206,23 @@ class ForwardRoute:
     async def _result(self, request: ForwardRequest, peer: Peer, lease: Lease) -> ForwardResult:
         """Wait for the engine, the deadline or the client's leaving, whichever comes first."""
         lease.handed_over(request.request)
-        interruption = Interruption()
-        remaining_seconds = max(0.0, request.deadline_seconds - time.monotonic())
-        timer = asyncio.get_running_loop().call_later(remaining_seconds, lambda: interruption.because(_too_late()))
-        peer.watch(lambda: interruption.because(ClientDisconnected()))
+        answer = self._link.forward(request)
+        left_seconds = max(0.0, request.deadline_seconds - time.monotonic())
+        timer = answer.get_loop().call_later(left_seconds, _give_up, answer, _too_late)
+        peer.watch(lambda: _give_up(answer, ClientDisconnected))
         try:
-            return await interruption.wait(self._link.forward(request))
+            return await answer
+        except BaseException:  # whatever ended the wait
+            self._link.cancel(request.request)
+            raise
         finally:
             timer.cancel()
             peer.unwatch()
+
+
+def _give_up(answer: asyncio.Future[ForwardResult], reason: Callable[[], Exception]) -> None:
+    if not answer.done():
+        answer.set_exception(reason())
 
 
 def _too_late() -> ForwardError:
@@ -240,4 +234,6 @@ def _log(record: RequestRecord, caller: str | None) -> None:
         level = logging.ERROR
     else:
         level = logging.WARNING if record.status >= 500 else logging.INFO
-    log_request(log, level, {**record.fields(), "caller": caller})
+    fields = record.fields()
+    fields["caller"] = caller
+    log_request(log, level, fields)

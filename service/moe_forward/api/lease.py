@@ -26,15 +26,15 @@ class Lease:
         Raises: ForwardError TOO_LARGE when the request as a whole can never fit, QUEUE_FULL when it does not fit now.
         """
         slab = self._link.slab
-        held = sum(extent.nbytes for extent in self._extents)
-        if held + nbytes > slab.nbytes:
-            raise ForwardError(
-                ErrorCode.TOO_LARGE,
-                f"{what} takes {nbytes} bytes beside the {held} this request already holds; "
-                f"expected at most {slab.nbytes} together (slab_bytes)",
-            )
         extent = slab.allocate(nbytes)
         if extent is None:
+            held = sum(extent.nbytes for extent in self._extents)
+            if held + nbytes > slab.nbytes:
+                raise ForwardError(
+                    ErrorCode.TOO_LARGE,
+                    f"{what} takes {nbytes} bytes beside the {held} this request already holds; "
+                    f"expected at most {slab.nbytes} together (slab_bytes)",
+                )
             raise ForwardError(
                 ErrorCode.QUEUE_FULL, f"no room for {what} of {nbytes} bytes now: other requests fill the memory"
             )
@@ -55,5 +55,6 @@ class Lease:
             self._link.release_when_done(self._request, self._free)
 
     def _free(self) -> None:
+        slab = self._link.slab
         while self._extents:
-            self._link.slab.free(self._extents.pop())
+            slab.free(self._extents.pop())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.types import Receive, Scope, Send
 
@@ -22,7 +22,13 @@ Headers = Sequence[tuple[str, str]]
 
 
 class Peer(Protocol):
-    """Who sent a request."""
+    """Who sent a request.
+
+    notes: what was made of the request's head where the same one came before; who adds to it uses a key of his own,
+        and adds only what follows from the head.
+    """
+
+    notes: dict[object, Any]
 
     async def receive_body(self, target: memoryview, timeout_seconds: float) -> None:
         """Fill `target` with the body; nothing writes to it after this has returned or raised.
@@ -55,6 +61,7 @@ class AsgiPeer:
     """A client behind any ASGI server."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
+        self.notes: dict[object, Any] = {}
         self._receive = receive
         self._send = send
         self._watching: asyncio.Task[None] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
@@ -27,8 +28,12 @@ class Link(Protocol):
     def next_request(self) -> int:
         """Return a request number not used before."""
 
-    async def forward(self, request: ForwardRequest) -> ForwardResult:
-        """Wait for how the request ended; a refusal is a result with a code, and cancelling is allowed."""
+    def forward(self, request: ForwardRequest) -> asyncio.Future[ForwardResult]:
+        """Send a request; how it ends is the future's result, a refusal one with a code. Whoever ends the future
+        otherwise calls `cancel`."""
+
+    def cancel(self, request: int) -> None:
+        """Say that nobody wants a request's result any more."""
 
     def release_when_done(self, request: int, callback: Callable[[], None]) -> None:
         """Call back once no rank can touch the request's bytes; at once when that is already so."""

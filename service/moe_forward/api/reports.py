@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from typing import Protocol
 
@@ -45,10 +44,10 @@ class Reports:
             self._metrics.queue_changed(self._model, report)
 
     def _on_report(self, report: StepReport) -> None:
-        """Have traces know of the step before its answers go out; the metrics, who take longer, count it after them."""
+        """Have traces know of the step before its answers go out."""
         if self._tracer is not None:
             self._tracer.step_finished(report)
         if self._metrics is not None:
-            asyncio.get_running_loop().call_soon(self._metrics.step_finished, self._model, report)
+            self._metrics.step_finished(self._model, report)
         for result in report.results:
             self.rank_tokens[result.rank] += result.routed_rows

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = b"x-request-id"
 MAX_CHARACTERS = 128
+_ACCEPTED = re.compile(rb"[ -~]{1,%d}" % MAX_CHARACTERS)
 
 
 def _numbered() -> Callable[[], str]:
@@ -23,7 +25,7 @@ new_request_id = _numbered()
 
 def accepted(value: bytes) -> bool:
     """Whether a client's id is 1 to 128 printable ASCII characters, so safe in a header, a log line and JSON."""
-    return 0 < len(value) <= MAX_CHARACTERS and all(0x20 <= byte <= 0x7E for byte in value)
+    return _ACCEPTED.fullmatch(value) is not None
 
 
 def request_id(scope: Scope) -> str:
@@ -34,8 +36,12 @@ def request_id(scope: Scope) -> str:
 
 def note_request_id(scope: Scope) -> str:
     """Choose the id of a request, note it in the scope's state, and return it."""
-    sent = next((value for name, value in scope["headers"] if name == HEADER), b"")
-    value = sent.decode("ascii") if accepted(sent) else new_request_id()
+    value = ""
+    for name, sent in scope["headers"]:
+        if name == HEADER:
+            value = sent.decode("ascii") if accepted(sent) else ""
+            break
+    value = value or new_request_id()
     scope.setdefault("state", {})["request_id"] = value
     return value
 

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from moe_forward.api.buffers import Buffers
 from moe_forward.api.connections import Connection, ConnectionLimits
+from moe_forward.api.heads import Heads
 from moe_forward.api.tensor_paths import is_tensor_path
 from moe_forward.config import Config
 
@@ -34,7 +35,7 @@ def server_settings(
     settings = uvicorn.Config(
         app,
         # called like the class it makes
-        http=functools.partial(_accept, limits, Buffers(), takes_body),  # type: ignore[arg-type]
+        http=functools.partial(_accept, limits, Buffers(), Heads(), takes_body),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -49,10 +50,8 @@ def server_settings(
     return settings
 
 
-def _accept(
-    limits: ConnectionLimits, buffers: Buffers, takes_body: Callable[[str], bool], *arguments: Any, **options: Any
-) -> Intake:
-    return Intake(Connection(limits, buffers, takes_body, *arguments, **options))
+def _accept(*arguments: Any, **options: Any) -> Intake:
+    return Intake(Connection(*arguments, **options))
 
 
 class Intake(asyncio.BufferedProtocol):

@@ -26,7 +26,9 @@ def check_uncompressed(request: WireRequest) -> None:
 
     Raises: ForwardError UNSUPPORTED_MEDIA_TYPE.
     """
-    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if "content-encoding" not in request.headers:
+        return
+    coding = request.headers["content-encoding"].strip().lower()
     if coding not in ("", "identity"):
         raise ForwardError(
             ErrorCode.UNSUPPORTED_MEDIA_TYPE, f"content-encoding: expected an uncompressed body, got {shown(coding)}"

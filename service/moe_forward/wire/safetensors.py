@@ -7,7 +7,9 @@ of the body or a file, and this body is read in place.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
+from json.encoder import encode_basestring_ascii  # what json.dumps comes to for a string
 
 from moe_forward.errors import ErrorCode, ForwardError
 from moe_forward.types import DType
@@ -40,7 +42,7 @@ def decode(request: WireRequest, limits: WireLimits) -> ForwardCall:
     body, headers = request.body, request.headers
     length = _header_length(body)
     text = bytes(body[_LENGTH_BYTES : _LENGTH_BYTES + length])
-    given = tuple((name, headers[name]) for name in PARAMETER_HEADERS if name in headers)
+    given = () if headers.keys().isdisjoint(PARAMETER_HEADERS) else _given(headers)
     read = _remembered if length <= REMEMBERED_BYTES else _remembered.__wrapped__
     metadata, tensors, call = read(text, len(body), tuple(request.query), given, limits)
     if call is None:
@@ -67,9 +69,13 @@ def encode(call: ForwardCall, output: memoryview, notes: ReplyNotes) -> WireRepl
     output: bytes of [T, H] in `call.output_dtype`; sent as they are.
     """
     before, after = _reply_header(call.output_dtype, output_shape(call, output), output.nbytes)
-    header = f"{before}{json.dumps(notes.request_id)}{after}".encode()
+    header = f"{before}{encode_basestring_ascii(notes.request_id)}{after}".encode()
     header += b" " * (-len(header) % 8)
     return WireReply(CONTENT_TYPE, (), len(header).to_bytes(_LENGTH_BYTES, "little") + header, output)
+
+
+def _given(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, headers[name]) for name in PARAMETER_HEADERS if name in headers)
 
 
 def _header_length(body: memoryview) -> int:

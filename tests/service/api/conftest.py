@@ -68,18 +68,23 @@ class FakeLink:
     def next_request(self) -> int:
         return len(self.requests) + 1
 
-    async def forward(self, request: ForwardRequest) -> ForwardResult:
+    def forward(self, request: ForwardRequest) -> asyncio.Future[ForwardResult]:
         self.requests.append(request)
         if self.crash:
             raise RuntimeError("a bug")
-        task = asyncio.ensure_future(self._compute(request))
-        self._tasks[request.request] = task
-        task.add_done_callback(lambda _: self._tasks.pop(request.request))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            self.cancelled.append(request.request)
-            raise
+        answer: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
+
+        def answered(task: asyncio.Task[ForwardResult]) -> None:
+            self._tasks.pop(request.request)
+            if not answer.done():
+                answer.set_result(task.result())
+
+        task = self._tasks[request.request] = asyncio.ensure_future(self._compute(request))
+        task.add_done_callback(answered)
+        return answer
+
+    def cancel(self, request: int) -> None:
+        self.cancelled.append(request)
 
     def release_when_done(self, request: int, callback: Callable[[], None]) -> None:
         if request in self._tasks:

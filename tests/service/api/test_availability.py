@@ -42,16 +42,3 @@ def test_a_ready_engine_is_no_refusal_until_draining() -> None:
 @pytest.mark.parametrize(("reason", "dead"), [("failed: 4 restarts", True), ("rank 1 failed: again", False)])
 def test_only_a_reason_starting_with_failed_is_a_failure(reason: str, dead: bool) -> None:
     assert (Availability(Statement(reason=reason)).failure() is not None) == dead
-
-
-def test_serving_counts_also_when_the_request_raises() -> None:
-    availability = Availability(Statement())
-
-    def serve() -> None:
-        with availability.serving():
-            assert availability.inflight == 1
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        serve()
-    assert availability.inflight == 0
