@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from moe_forward.datagrams import pack, pack_together, read
+from moe_forward.datagrams import DECODERS, Decoders, pack, pack_together, read
 from moe_forward.errors import ChannelClosed
 from moe_forward.messages import Message, Several
 
@@ -66,9 +66,10 @@ def same_user(sock: socket.socket) -> bool:
 class _Receiver:
     """Reads datagrams into one buffer, with the descriptors they carry."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, decoders: Decoders = DECODERS) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE_BYTES)
         self._sock = sock
+        self._decoders = decoders
         self._buffer = memoryview(bytearray(MAX_MESSAGE_BYTES))
 
     def receive(self) -> tuple[Message, list[int]]:
@@ -83,7 +84,7 @@ class _Receiver:
                 raise ChannelClosed("the other end is gone")
             if flags & _CUT_OFF:
                 raise ChannelClosed("a message was longer than the limit")
-            return read(self._buffer[:size]), fds
+            return read(self._buffer[:size], self._decoders), fds
         except ChannelClosed:
             for fd in fds:
                 os.close(fd)
@@ -150,7 +151,8 @@ class AsyncChannel:
 
     on_message: called with each message and the descriptors it carried (the callee closes them).
     on_close: called once when the other end is gone; not after `close`.
-    on_rest: called after the messages of each datagram.
+    on_rest: called after the messages of each datagram; tells whether to look for another at once, before other
+        channels have their turn. decoders: how to read them.
     """
 
     def __init__(
@@ -158,11 +160,12 @@ class AsyncChannel:
         sock: socket.socket,
         on_message: Callable[[AsyncChannel, Message, list[int]], None],
         on_close: Callable[[AsyncChannel], None],
-        on_rest: Callable[[], None] = lambda: None,
+        on_rest: Callable[[], bool] = lambda: True,
+        decoders: Decoders = DECODERS,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._receiver = _Receiver(sock)
+        self._receiver = _Receiver(sock, decoders)
         self._on_message = on_message
         self._on_close = on_close
         self._on_rest = on_rest
@@ -181,27 +184,8 @@ class AsyncChannel:
 
     def send_packed(self, data: bytes, fd: int | None = None) -> None:
         """Send a message that was packed once for several peers, as `send` does."""
-        self._send_posted()
-        self._put(data, fd)
-
-    def send_all(self, messages: Iterable[Message]) -> None:
-        """Send messages together, in order, as `send` would one by one."""
-        self._send_posted()
-        for data in pack_together(messages, MAX_MESSAGE_BYTES):
-            self._put(data, None)
-
-    def post(self, message: Message) -> None:
-        """Send one message together with those that are posted in the same turn of the loop."""
-        if not self._posted:
-            self._loop.call_soon(self._send_posted)
-        self._posted.append(message)
-
-    def _send_posted(self) -> None:
-        posted, self._posted = self._posted, []
-        for data in pack_together(posted, MAX_MESSAGE_BYTES):
-            self._put(data, None)
-
-    def _put(self, data: bytes, fd: int | None) -> None:
+        if self._posted:
+            self._send_posted()
         if self._closed:
             return
         if not self._pending:
@@ -213,6 +197,21 @@ class AsyncChannel:
             except ConnectionError:
                 return  # the reader sees the end next and calls on_close
         self._pending.append((data, None if fd is None else os.dup(fd)))
+
+    def send_all(self, messages: Iterable[Message]) -> None:
+        """Send messages together, in order, as `send` would one by one."""
+        for data in pack_together(messages, MAX_MESSAGE_BYTES):
+            self.send_packed(data)
+
+    def post(self, message: Message) -> None:
+        """Send one message together with those that are posted in the same turn of the loop."""
+        if not self._posted:
+            self._loop.call_soon(self._send_posted)
+        self._posted.append(message)
+
+    def _send_posted(self) -> None:
+        posted, self._posted = self._posted, []
+        self.send_all(posted)
 
     def close(self) -> None:
         """Close our end and forget what is queued."""
@@ -228,25 +227,31 @@ class AsyncChannel:
         self._sock.close()
 
     def _readable(self) -> None:
-        for _ in range(64):  # then let other sockets have their turn
-            if self._closed:
-                return
-            try:
-                message, fds = self._receiver.receive()
-            except BlockingIOError:
-                return
-            except ChannelClosed as error:
-                log.info("a channel ended: %s", error)
-                self.close()
-                self._on_close(self)
-                return
-            if isinstance(message, Several):
-                for one in message.messages:
-                    self._on_message(self, one, fds)
-                    fds = []
-            else:
-                self._on_message(self, message, fds)
-            self._on_rest()
+        left = 64  # then let other sockets have their turn
+        while left and self._take_datagram() and not self._closed:
+            left -= 1
+
+    def _take_datagram(self) -> bool:
+        """Pass the messages of the next datagram on; whether to look for another at once.
+
+        To find none costs a system call and an exception. Where another waits, the loop calls again in its next turn.
+        """
+        try:
+            message, fds = self._receiver.receive()
+        except BlockingIOError:
+            return False
+        except ChannelClosed as error:
+            log.info("a channel ended: %s", error)
+            self.close()
+            self._on_close(self)
+            return False
+        if type(message) is Several:
+            for one in message.messages:
+                self._on_message(self, one, fds)
+                fds = []
+        else:
+            self._on_message(self, message, fds)
+        return self._on_rest()
 
     def _writable(self) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):

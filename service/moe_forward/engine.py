@@ -17,21 +17,28 @@ from dataclasses import replace
 
 from moe_forward import group_status
 from moe_forward.answers import answers_of, report_of
-from moe_forward.batcher import IN_TIME_PART, Ahead, Batcher, BatchLimits, Queued
+from moe_forward.batcher import IN_TIME_PART, Batcher, BatchLimits, Queued
 from moe_forward.channel import AsyncChannel, same_user
+from moe_forward.datagrams import ENGINE_DECODERS
 from moe_forward.errors import ErrorCode
 from moe_forward.heartbeat import SilenceWatch
-from moe_forward.messages import Announce, Cancel, FrontHello, Heartbeat, Message, RankHello, StepOrder, Ticket
+from moe_forward.messages import (
+    Announce,
+    Cancel,
+    FrontHello,
+    Heartbeat,
+    Message,
+    RankHello,
+    RankWord,
+    StepOrder,
+    Ticket,
+)
 from moe_forward.packed_messages import of_front
 from moe_forward.peers import Fronts, Ranks
 from moe_forward.queue_watch import QueueWatch
 from moe_forward.steps import Sent, StepsInFlight
-from moe_forward.types import (
-    EngineStatus,
-    ForwardResult,
-    QueueReport,
-    StepResult,
-)
+from moe_forward.timers import Alarm, Watchdog
+from moe_forward.types import EngineStatus, ForwardResult, QueueReport
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +59,8 @@ class Engine:
     ) -> None:
         self._batcher = Batcher(limits)
         self._steps = StepsInFlight(limits, self._batcher.pace)
-        self._watchdog: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(self._pump)
+        self._watchdog = Watchdog(lambda: self._steps.began_seconds, step_timeout_seconds, self._stalled)
         self._step_timeout_seconds = step_timeout_seconds
         self._silence = SilenceWatch(rank_silence_seconds, self._silent)
         self._channels: set[AsyncChannel] = set()
@@ -62,8 +70,6 @@ class Engine:
         self._status = EngineStatus(reason="no rank group was announced yet")
         self._next_group: Announce | None = None  # waits for the steps that run
         self._held: dict[int, list[Ticket]] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._wake = math.inf  # when the timer goes off
         self._next_step = 0
         self._unsettled = False  # something came that may let a step go
 
@@ -75,7 +81,8 @@ class Engine:
             while True:
                 sock, _ = await loop.sock_accept(listener)
                 if same_user(sock):
-                    self._channels.add(AsyncChannel(sock, self._on_message, self._on_close, self._settle))
+                    channel = AsyncChannel(sock, self._on_message, self._on_close, self._settle, ENGINE_DECODERS)
+                    self._channels.add(channel)
                 else:
                     log.warning("refused a connection from another user")
                     sock.close()
@@ -83,9 +90,8 @@ class Engine:
             self._hang_up()
 
     def _hang_up(self) -> None:
-        for timer in (self._timer, self._watchdog):
-            if timer is not None:
-                timer.cancel()
+        self._alarm.stop()
+        self._watchdog.stop()
         self._silence.stop()
         self._queue_watch.close()
         for channel in self._channels:
@@ -95,19 +101,19 @@ class Engine:
     # Events
 
     def _on_message(self, channel: AsyncChannel, message: Message, fds: list[int]) -> None:
-        front = self._fronts.number(channel)
-        if isinstance(message, Ticket) and front is not None:
+        if isinstance(message, Ticket) and (front := self._fronts.number(channel)) is not None:
             self._submit(message if message.front == front else of_front(message, front))
             self._unsettled = True
-        elif isinstance(message, (StepResult, Heartbeat)) and channel in self._ranks:
+        elif isinstance(message, (RankWord, Heartbeat)) and channel in self._ranks:
             self._hear(message)  # only the end of a step changes anything
         else:
-            self._on_rare_message(channel, front, message, fds)
+            self._on_rare_message(channel, message, fds)
             self._unsettled = True
         for fd in fds:
             os.close(fd)
 
-    def _on_rare_message(self, channel: AsyncChannel, front: int | None, message: Message, fds: list[int]) -> None:
+    def _on_rare_message(self, channel: AsyncChannel, message: Message, fds: list[int]) -> None:
+        front = self._fronts.number(channel)
         if isinstance(message, Cancel) and front is not None:
             self._cancel(front, message.request)
         elif isinstance(message, FrontHello) and len(fds) == 1:
@@ -120,11 +126,17 @@ class Engine:
             log.warning("unexpected %s: hanging up", type(message).__name__)
             self._hang_up_on(channel)
 
-    def _settle(self) -> None:
-        """Look for a step once after all that came together: requests of one datagram go together."""
-        if self._unsettled:
-            self._unsettled = False
-            self._pump()
+    def _settle(self) -> bool:
+        """Look for a step once after all that came together: requests of one datagram go together.
+
+        Returns: whether requests wait, so that those of a next datagram would go with them if they are read before the
+            ranks say that they are free.
+        """
+        if not self._unsettled:
+            return False
+        self._unsettled = False
+        self._pump()
+        return bool(self._batcher.requests)
 
     def _on_close(self, channel: AsyncChannel) -> None:
         self._channels.discard(channel)
@@ -190,15 +202,10 @@ class Engine:
                 f"an answer would take up to {seconds / IN_TIME_PART:.3g} s, more than the {left_seconds:.3g} s left"
             )
             self._refuse_full(request, reason, seconds)
-        elif not self._queue(request, now):
-            self._refuse_full(request, "the queue is full", self._batcher.drain_seconds(request.client))
-
-    def _queue(self, request: Ticket, now: float) -> bool:
-        """Queue a request if there is room; what came with it and can go makes some."""
-        if not self._batcher.add(request, now):
-            self._settle()
-            return self._batcher.add(request, now)
-        return True
+        elif not self._batcher.add(request, now):
+            self._settle()  # what came with it and can go makes room
+            if not self._batcher.add(request, now):
+                self._refuse_full(request, "the queue is full", self._batcher.drain_seconds(request.client))
 
     def _cancel(self, front: int, request: int) -> None:
         queued = self._batcher.cancel(front, request)
@@ -227,87 +234,65 @@ class Engine:
 
     def _pump(self) -> None:
         now = time.monotonic()
-        for queued in self._batcher.expire(now):
+        batcher, steps = self._batcher, self._steps
+        for queued in batcher.expire(now):
             waited = now - queued.arrived_seconds
             self._refuse(
                 queued.request, ErrorCode.DEADLINE_EXCEEDED, f"the deadline passed after {waited:.3f} s in the queue"
             )
-        if self._steps.oldest is None and self._next_group is not None:
+        if self._next_group is not None and steps.oldest is None:
             announce, self._next_group = self._next_group, None
             self._expect(announce)
-        ahead, room = self._steps.ahead(), self._may_send()
-        while room and (queued_requests := self._batcher.next_step(now, ahead)):
-            self._send(queued_requests, now)
-            ahead, room = self._steps.ahead(), self._may_send()
-        self._set_timer(now, ahead, room)
-        self._queue_watch.changed()
+        wake = math.inf
+        while batcher.requests:
+            ahead, room = steps.ahead(), self._status.ready and steps.have_room
+            step = batcher.next_step(now, ahead) if room else []
+            if not step:
+                wake = batcher.wake_seconds(now, ahead, room)
+                break
+            self._send(step, now)
+        if wake != self._alarm.at:  # while ranks work, it mostly is the same for all who come
+            self._alarm.set(wake, now)
+        self._queue_watch.changed(batcher.requests, batcher.tokens)
 
     def _waiting(self) -> QueueReport:
         return QueueReport(self._batcher.requests, self._batcher.tokens)
-
-    def _set_timer(self, now: float, ahead: Ahead | None, room: bool) -> None:
-        wake = self._batcher.wake_seconds(now, ahead, room)
-        if wake == self._wake:
-            return  # while ranks work, it mostly is the same for all who come
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._wake = wake
-        if wake < math.inf:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, wake - now), self._woken)
-
-    def _woken(self) -> None:
-        self._timer, self._wake = None, math.inf
-        self._pump()
-
-    def _may_send(self) -> bool:
-        return self._status.ready and self._steps.have_room
 
     def _send(self, queued: list[Queued], now: float) -> None:
         tickets = tuple([item.request for item in queued])
         step = StepOrder(self._next_step, self._status.generation, tickets[0].layer, tickets)
         self._next_step += 1
         self._steps.add(step, queued, now)
-        if self._watchdog is None:
-            self._watch_oldest()
+        self._watchdog.watch()
         self._ranks.send(step, generation=step.generation)
 
-    def _watch_oldest(self) -> None:
-        """Time the step that ranks work on; those behind it are not late by waiting."""
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-            self._watchdog = None
-        oldest = self._steps.oldest
-        if oldest is not None:
-            loop = asyncio.get_running_loop()
-            self._watchdog = loop.call_later(self._step_timeout_seconds, self._stalled, oldest)
-
-    def _stalled(self, sent: Sent) -> None:
+    def _stalled(self) -> None:
+        sent = self._steps.oldest
+        assert sent is not None, "nothing else is timed"
         late = sorted(set(range(len(self._status.ranks))) - set(sent.results))
         self._lose(
             f"step {sent.step.step} took longer than {self._step_timeout_seconds:g} s; no word from ranks {late}", late
         )
         self._pump()
 
-    def _hear(self, word: StepResult | Heartbeat) -> None:
+    def _hear(self, word: RankWord | Heartbeat) -> None:
         """Take note of a rank's sign of life, and of what it says of a step."""
         if word.generation == self._status.generation:
             self._silence.heard(word.rank)
-        if isinstance(word, StepResult):
-            self._collect(word)
+        if isinstance(word, RankWord) and (sent := self._steps.find(word)) is not None:
+            self._collect(sent, word)
 
-    def _collect(self, result: StepResult) -> None:
-        sent = self._steps.find(result)
-        if sent is None:
-            return  # a late word of a step that was given up
-        if result.error:
-            self._lose(f"rank {result.rank} failed: {result.error}", [result.rank])
+    def _collect(self, sent: Sent, word: RankWord) -> None:
+        if word.error:
+            self._lose(f"rank {word.rank} failed: {word.error}", [word.rank])
             self._pump()
             return
-        sent.results[result.rank] = result
+        sent.results[word.rank] = word
+        ranks = len(self._status.ranks)
+        if len(sent.results) < ranks:
+            return
         now = time.monotonic()
-        while (finished := self._steps.pop_finished(len(self._status.ranks), now)) is not None:
-            self._watch_oldest()
+        while (finished := self._steps.pop_finished(ranks, now)) is not None:
             self._finish(finished, now)
 
     def _finish(self, sent: Sent, now: float) -> None:
@@ -319,8 +304,8 @@ class Engine:
         waiting = self._waiting()
         self._fronts.finish(answers, report_of(sent, waiting))
         self._queue_watch.told(waiting)
-        if not some_wait:
-            self._pump()  # nor these answers for a look at an empty queue
+        if self._next_group is not None and not some_wait:
+            self._pump()  # this may have been the last step of this group
 
     # Loss of ranks
 
@@ -352,7 +337,6 @@ class Engine:
                 self._refuse(request, ErrorCode.RANK_LOST, reason, LOST_RETRY_AFTER_SECONDS, held=alive)
             if alive:
                 self._held.setdefault(generation, []).extend(sent.step.tickets)
-        self._watch_oldest()
         for queued in self._batcher.drop_all():
             self._refuse(queued.request, ErrorCode.RANK_LOST, reason, LOST_RETRY_AFTER_SECONDS)
 

@@ -61,28 +61,29 @@ class Heartbeats:
 
 
 class SilenceWatch:
-    """`Heartbeats` on an asyncio loop. on_silence: called with the ranks that are silent, which ends the watch.
+    """`Heartbeats` on the asyncio loop that runs.
 
-    silence_seconds: see `Heartbeats`; None: nobody is watched.
+    silence_seconds: see there; None: nobody is watched. on_silence: called with the ranks that are silent, which ends
+        the watch.
     """
 
     def __init__(self, silence_seconds: float | None, on_silence: Callable[[list[int]], None]) -> None:
         self.silence_seconds = silence_seconds
-        self._heartbeats = None if silence_seconds is None else Heartbeats(silence_seconds)
+        self._heartbeats = Heartbeats(math.inf if silence_seconds is None else silence_seconds)
         self._on_silence = on_silence
+        self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, ranks: Iterable[int]) -> None:
         """Watch these ranks instead of any others."""
         self.stop()
-        if self._heartbeats is not None:
-            self._heartbeats.watch(ranks, asyncio.get_running_loop().time())
-            self._set_timer()
+        self._heartbeats.watch(ranks, self._loop.time())
+        self._set_timer()
 
     def heard(self, rank: int) -> None:
         """Take note of a sign of life."""
-        if self._heartbeats is not None and self._timer is not None:
-            self._heartbeats.heard(rank, asyncio.get_running_loop().time())
+        if self._timer is not None:
+            self._heartbeats.heard(rank, self._loop.time())
 
     def stop(self) -> None:
         """Watch nobody any more."""
@@ -91,14 +92,13 @@ class SilenceWatch:
             self._timer = None
 
     def _set_timer(self) -> None:
-        if self._heartbeats is not None and self._heartbeats.look_at < math.inf:
-            self._timer = asyncio.get_running_loop().call_at(self._heartbeats.look_at, self._look)
+        if self._heartbeats.look_at < math.inf:
+            self._timer = self._loop.call_at(self._heartbeats.look_at, self._look)
 
     def _look(self) -> None:
         self._timer = None
-        assert self._heartbeats is not None
         # The loop reads sockets before it calls timers, so what was sent in time has been heard.
-        silent = self._heartbeats.silent(asyncio.get_running_loop().time())
+        silent = self._heartbeats.silent(self._loop.time())
         if silent:
             self._on_silence(silent)
         else:

@@ -41,6 +41,32 @@ class StepOrder(NamedTuple):
     tickets: tuple[Ticket, ...]
 
 
+class RankWord(NamedTuple):
+    """A `StepResult` as the engine sees it: what it goes by. The rest stays packed, for the metrics.
+
+    packed: the whole result, as its rank sent it.
+    """
+
+    step: int
+    generation: int
+    rank: int
+    packed: bytes
+    non_finite: tuple[int, ...] = ()
+    missing_routes: tuple[int, ...] = ()
+    error: str = ""
+
+
+class StepSummary(NamedTuple):
+    """Engine to front end: a finished step. A front end reads it as a `StepReport` of the whole results."""
+
+    layer: int
+    tokens: int
+    requests: int
+    queue_requests: int
+    queue_tokens: int
+    results: tuple[RankWord, ...]
+
+
 class StepAnswers(NamedTuple):
     """Engine to front end: how its requests in one step ended; `ForwardResult` says what the figures are.
 
@@ -217,7 +243,9 @@ Message: TypeAlias = (
     | StepOrder
     | Step
     | StepResult
+    | RankWord
     | StepReport
+    | StepSummary
     | QueueReport
     | EngineStatus
     | FrontHello

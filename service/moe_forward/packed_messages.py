@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from moe_forward.messages import StepAnswers, StepOrder, Ticket
+from moe_forward.messages import RankWord, StepAnswers, StepOrder, StepSummary, Ticket
 from moe_forward.types import (
     PHASES,
     DType,
@@ -26,15 +26,19 @@ _NO_DTYPE = 255
 _NO_REF = (0, _NO_DTYPE, 0)
 _HEAD = "<IQiIdBBQ"
 _REQUEST = struct.Struct(_HEAD + 5 * _REF)
-_TICKET = struct.Struct(_HEAD + 5 * "8xB4x")  # the same, of tensors their types only
+_REQUEST_HEAD = struct.Struct(_HEAD)
+_REF_BYTES = struct.calcsize("<" + _REF)
+_FIRST_DTYPE = _REQUEST_HEAD.size + struct.calcsize("<Q")
 _FRONT = struct.Struct("<I")
 _DTYPES = tuple(DType)
 _ROUTINGS = tuple(Routing)
+_LAST_ROUTING = len(_ROUTINGS) - 1
 _DTYPES_OR_NONE = frozenset((*DType, _NO_DTYPE))
 _RESULT = struct.Struct("<IQidddII?qIII")
 _ANSWERS = struct.Struct("<QIIIIdIII")
 _STEP = struct.Struct("<QIi")
 _STEP_RESULT = struct.Struct(f"<QII?{len(PHASES)}dQQQQIII")
+_RANK_WORD = struct.Struct(f"<QIIx{8 * len(PHASES)}x32xIII")  # the same without what only the metrics need
 _UNTIMED = (0.0,) * len(PHASES)
 _REPORT = struct.Struct("<iIIII")
 _QUEUE = struct.Struct("<II")
@@ -93,14 +97,14 @@ def _unpack_ticket(data: memoryview) -> Ticket:
     packed = bytes(data)
     if len(packed) != _REQUEST.size:
         raise ValueError(f"a request has {len(packed)} bytes, expected {_REQUEST.size}")
-    front, request, layer, tokens, deadline, _, routing, client, hidden, scales, chosen, weights, output = (
-        _TICKET.unpack(packed)
-    )
-    if hidden == _NO_DTYPE or output == _NO_DTYPE:
+    front, request, layer, tokens, deadline, _, routing, client = _REQUEST_HEAD.unpack_from(packed)
+    dtypes = packed[_FIRST_DTYPE::_REF_BYTES]  # a byte of each tensor
+    if _NO_DTYPE in dtypes[::4]:  # the first and the last
         raise ValueError("a request names neither its input nor its output")
-    if routing >= len(_ROUTINGS) or not _DTYPES_OR_NONE.issuperset((hidden, scales, chosen, weights, output)):
+    if routing > _LAST_ROUTING or not _DTYPES_OR_NONE.issuperset(dtypes):
         raise ValueError("a request has a routing or an element type that does not exist")
-    return Ticket(front, request, layer, tokens, deadline, client, packed)
+    # As `Ticket(...)`, whose own constructor is a function of Python.
+    return tuple.__new__(Ticket, (front, request, layer, tokens, deadline, client, packed))
 
 
 def of_front(ticket: Ticket, front: int) -> Ticket:
@@ -165,7 +169,7 @@ def _columns(requests: int, non_finite: int, missing_routes: int) -> str:
 
 
 def _pack_order(m: StepOrder) -> bytes:
-    return _STEP.pack(m.step, m.generation, m.layer) + b"".join([ticket.packed for ticket in m.tickets])
+    return _STEP.pack(*m[:3]) + b"".join([ticket.packed for ticket in m.tickets])
 
 
 def _pack_step(m: Step) -> bytes:
@@ -183,36 +187,49 @@ def _pack_step_result(m: StepResult) -> bytes:
     sizes = (len(m.non_finite), len(m.expert_rows), len(m.missing_routes))
     timed = bool(m.phase_seconds)
     head = _STEP_RESULT.pack(m.step, m.generation, m.rank, timed, *(m.phase_seconds or _UNTIMED), *counts, *sizes)
-    numbers = struct.pack(f"<{sum(sizes)}I", *m.non_finite, *m.expert_rows, *m.missing_routes)
-    return head + numbers + m.error.encode()
+    numbers = m.non_finite + m.expert_rows + m.missing_routes
+    if numbers or m.error:
+        return head + struct.pack(f"<{len(numbers)}I", *numbers) + m.error.encode()
+    return head
 
 
 def _unpack_step_result(data: memoryview) -> StepResult:
     step, generation, rank, timed, *rest = _STEP_RESULT.unpack_from(data)
     *phases, routed, requantized, dispatched, combined, count, experts, missing = rest
+    words = (step, generation, rank, tuple(phases) if timed else (), routed, requantized)
+    if len(data) == _STEP_RESULT.size and not count + experts + missing:
+        return StepResult(*words, (), "", dispatched, combined)
     numbers = struct.unpack_from(f"<{count + experts + missing}I", data, _STEP_RESULT.size)
     error = bytes(data[_STEP_RESULT.size + 4 * len(numbers) :]).decode()
-    return StepResult(
-        step,
-        generation,
-        rank,
-        tuple(phases) if timed else (),
-        routed,
-        requantized,
-        numbers[:count],
-        error,
-        dispatched,
-        combined,
-        numbers[count : count + experts],
-        numbers[count + experts :],
-    )
+    flagged, rows = numbers[:count], numbers[count : count + experts]
+    return StepResult(*words, flagged, error, dispatched, combined, rows, numbers[count + experts :])
+
+
+def _unpack_rank_word(data: memoryview) -> RankWord:
+    """Return what the engine needs of a step's result.
+
+    Raises: ValueError or struct.error for what a front end could not read, which would take the engine for broken.
+    """
+    packed = bytes(data)
+    step, generation, rank, *sizes = _RANK_WORD.unpack_from(packed)
+    if len(packed) == _RANK_WORD.size and not any(sizes):
+        return RankWord(step, generation, rank, packed)
+    whole = _unpack_step_result(data)
+    return RankWord(step, generation, rank, packed, whole.non_finite, whole.missing_routes, whole.error)
 
 
 def _pack_report(m: StepReport) -> bytes:
-    parts = [_REPORT.pack(m.layer, m.tokens, m.requests, m.queue_requests, m.queue_tokens)]
-    for result in m.results:
-        packed = _pack_step_result(result)
-        parts += [_COUNT.pack(len(packed)), packed]
+    return _join_report(m[:5], [_pack_step_result(result) for result in m.results])
+
+
+def _pack_summary(m: StepSummary) -> bytes:
+    return _join_report(m[:5], [word.packed for word in m.results])
+
+
+def _join_report(head: tuple[int, ...], results: list[bytes]) -> bytes:
+    parts = [_REPORT.pack(*head)]
+    for packed in results:
+        parts += (_COUNT.pack(len(packed)), packed)
     return b"".join(parts)
 
 
@@ -241,7 +258,12 @@ CODECS: dict[type[Any], tuple[int, Callable[[Any], bytes], Callable[[memoryview]
     StepOrder: (3, _pack_order, _unpack_step),
     StepResult: (4, _pack_step_result, _unpack_step_result),
     StepReport: (5, _pack_report, _unpack_report),
+    StepSummary: (5, _pack_summary, _unpack_report),
     QueueReport: (15, _pack_queue, _unpack_queue),
     StepAnswers: (18, _pack_answers, _unpack_answers),
 }
-"""A message's kind, and how it becomes bytes and comes out of them again: a request as a ticket, an order as a step."""
+"""A message's kind, and how it becomes bytes and comes out of them again: a request as a ticket, an order as a step, a
+summary as a report."""
+
+OF_ENGINE: dict[int, Callable[[memoryview], Any]] = {4: _unpack_rank_word}
+"""What the engine reads in its own way, by kind: the results of steps."""

@@ -15,9 +15,10 @@ from moe_forward.messages import (
     Message,
     Released,
     StepAnswers,
+    StepSummary,
     Ticket,
 )
-from moe_forward.types import EngineStatus, ForwardResult, QueueReport, StepReport
+from moe_forward.types import EngineStatus, ForwardResult, QueueReport
 
 
 class Ranks:
@@ -51,6 +52,7 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class _Front:
+    number: int
     channel: AsyncChannel
     slab_fd: int
     slab_bytes: int
@@ -64,6 +66,7 @@ class Fronts:
         self._ranks = ranks
         self._fronts: dict[int, _Front] = {}
         self._numbers: dict[AsyncChannel, int] = {}
+        self._told: _Front | None = None  # of steps and of the queue: told by two, they would be counted twice
         self._next = 0
 
     def number(self, channel: AsyncChannel) -> int | None:
@@ -74,8 +77,9 @@ class Fronts:
         """Welcome a front end and show its slab, whose descriptor is ours from now on, to the ranks."""
         number = self._next
         self._next += 1
-        self._fronts[number] = _Front(channel, slab_fd, hello.slab_bytes, hello.wants_reports)
+        self._fronts[number] = _Front(number, channel, slab_fd, hello.slab_bytes, hello.wants_reports)
         self._numbers[channel] = number
+        self._told = self._first_to_tell()
         self._ranks.send(AttachSlab(number, hello.slab_bytes), slab_fd)
         channel.send(FrontWelcome(number))
 
@@ -85,6 +89,7 @@ class Fronts:
         if number is not None:
             self._ranks.send(DetachSlab(number))
             os.close(self._fronts.pop(number).slab_fd)
+            self._told = self._first_to_tell()
         return number
 
     def show_slabs(self, rank: AsyncChannel) -> None:
@@ -104,27 +109,24 @@ class Fronts:
         if front is not None:
             front.channel.send(Released((request.request,)))
 
-    def finish(self, answers: dict[int, StepAnswers], report: StepReport) -> None:
+    def finish(self, answers: dict[int, StepAnswers], report: StepSummary) -> None:
         """Tell front ends how the requests of a step ended, each in one message, and one of them of the step."""
-        reported = self._reported()
+        told = self._told
         for number, mine in answers.items():
             front = self._fronts.get(number)
-            if front is not None and number != reported:
+            if front is not None and front is not told:
                 front.channel.send(mine)
-        if reported is not None:
-            told: list[Message] = [report]
-            if reported in answers:
-                told.insert(0, answers[reported])
-            self._fronts[reported].channel.send_all(told)
+        if told is not None:
+            mine_too = answers.get(told.number)
+            told.channel.send_all((report,) if mine_too is None else (mine_too, report))
 
     def report(self, report: QueueReport) -> None:
-        """Send what waits to one front end: exported by two, it would be counted twice."""
-        reported = self._reported()
-        if reported is not None:
-            self._fronts[reported].channel.send(report)
+        """Send what waits to one front end."""
+        if self._told is not None:
+            self._told.channel.send(report)
 
-    def _reported(self) -> int | None:
-        return next((number for number, front in self._fronts.items() if front.wants_reports), None)
+    def _first_to_tell(self) -> _Front | None:
+        return next((front for front in self._fronts.values() if front.wants_reports), None)
 
     def tell(self, status: EngineStatus) -> None:
         """Send the engine's status to every front end."""

@@ -22,12 +22,13 @@ class QueueWatch:
         self._look = look
         self._tell = tell
         self._told = look()
+        self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
-    def changed(self) -> None:
-        """Look at the queue after a while, where it is not as told."""
-        if self._timer is None and self._look() != self._told:
-            self._timer = asyncio.get_running_loop().call_later(REST_SECONDS, self._rested)
+    def changed(self, requests: int, tokens: int) -> None:
+        """Look at the queue after a while, where what waits now is not as told."""
+        if self._timer is None and (requests, tokens) != self._told:
+            self._timer = self._loop.call_later(REST_SECONDS, self._rested)
 
     def told(self, report: QueueReport) -> None:
         """Note what was told on another way."""

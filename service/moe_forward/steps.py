@@ -10,8 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from moe_forward.batcher import Ahead, BatchLimits, Pace, Queued
-from moe_forward.messages import StepOrder
-from moe_forward.types import StepResult
+from moe_forward.messages import RankWord, StepOrder
 
 
 @dataclass(slots=True)
@@ -27,7 +26,7 @@ class Sent:
     sent_seconds: float
     began_seconds: float
     large: bool
-    results: dict[int, StepResult] = field(default_factory=dict)
+    results: dict[int, RankWord] = field(default_factory=dict)
 
 
 class StepsInFlight:
@@ -45,21 +44,28 @@ class StepsInFlight:
         return self._sent[0] if self._sent else None
 
     @property
+    def began_seconds(self) -> float:
+        """When that step could begin, infinite while ranks are free; those behind it are not late by waiting."""
+        return self._sent[0].began_seconds if self._sent else math.inf
+
+    @property
     def have_room(self) -> bool:
         """Whether one more may be sent."""
         return len(self._sent) < self._limits.max_steps_in_flight
 
     def add(self, step: StepOrder, queued: list[Queued], now: float) -> None:
         """Note a step that is being sent."""
-        tokens = sum([ticket.tokens for ticket in step.tickets])
-        large = any(item.large for item in queued)
+        tokens, large = 0, False
+        for item in queued:
+            tokens += item.request.tokens
+            large = large or item.large
         self._sent.append(Sent(step, queued, tokens, now, now, large))
         self._ahead = None
 
-    def find(self, result: StepResult) -> Sent | None:
+    def find(self, result: RankWord) -> Sent | None:
         """Return the step that a rank speaks of; None for a late word of one that was given up."""
         for sent in self._sent:
-            if (sent.step.step, sent.step.generation) == (result.step, result.generation):
+            if sent.step.step == result.step and sent.step.generation == result.generation:
                 return sent
         return None
 

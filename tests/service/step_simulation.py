@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from moe_forward.batcher import Batcher, BatchLimits, Queued
-from moe_forward.messages import StepOrder, Ticket
+from moe_forward.messages import RankWord, StepOrder, Ticket
 from moe_forward.steps import StepsInFlight
-from moe_forward.types import StepResult
 
 NUMBERS = itertools.count()
 LIMITS = BatchLimits(8192, 256, 200e-6, 100_000, 100_000_000)
@@ -132,9 +131,10 @@ class Simulation:
             self.at(self._wake, self._pump)
 
     def _answered(self, step: StepOrder) -> None:
-        found = self.sent.find(StepResult(step.step, 1, 0, (), 0))
+        word = RankWord(step.step, 1, 0, b"")
+        found = self.sent.find(word)
         assert found is not None
-        found.results[0] = StepResult(step.step, 1, 0, (), 0)
+        found.results[0] = word
         finished = self.sent.pop_finished(1, self.now)
         assert finished is not None
         assert finished.step == step, "steps end in the order in which they were sent"

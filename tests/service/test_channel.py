@@ -94,7 +94,12 @@ async def test_messages_sent_together_or_in_one_turn_of_the_loop_come_in_order_i
 ) -> None:
     left, _ = watch(pair[0])
     record, rests = Recorder(), []
-    right = AsyncChannel(pair[1], record.on_message, record.on_close, lambda: rests.append(len(record.messages)))
+
+    def rest() -> bool:
+        rests.append(len(record.messages))
+        return True
+
+    right = AsyncChannel(pair[1], record.on_message, record.on_close, rest)
     left.send_all([Cancel(1), Cancel(2), Cancel(3)])
     left.post(Cancel(4))
     left.post(Cancel(5))
@@ -109,6 +114,25 @@ async def test_messages_sent_together_or_in_one_turn_of_the_loop_come_in_order_i
     await record.until(lambda: record.closes == 1)
     assert len(record.messages) == 7
     right.close()
+
+
+@pytest.mark.parametrize(("looks_on", "first_turn"), [(True, 3), (False, 1)])
+async def test_whoever_does_not_look_on_gets_a_datagram_in_each_turn_of_the_loop_and_loses_none(
+    pair: tuple[socket.socket, socket.socket], looks_on: bool, first_turn: int
+) -> None:
+    sender = BlockingChannel(pair[1])
+    for number in range(3):
+        sender.send(Cancel(number))
+    record = Recorder()
+    receiver = AsyncChannel(pair[0], record.on_message, record.on_close, lambda: looks_on)
+    while not record.messages:
+        await asyncio.sleep(0)
+    assert len(record.messages) == first_turn
+    await record.until(lambda: len(record.messages) == 3)
+    assert record.messages == [Cancel(number) for number in range(3)]
+    sender.close()
+    await record.until(lambda: record.closes == 1)
+    receiver.close()
 
 
 async def test_what_is_too_long_for_one_datagram_goes_in_more(pair: tuple[socket.socket, socket.socket]) -> None:

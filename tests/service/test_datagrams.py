@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_forward.channel import MAX_MESSAGE_BYTES
-from moe_forward.datagrams import pack, pack_together, unpack
+from moe_forward.datagrams import ENGINE_DECODERS, pack, pack_together, unpack
 from moe_forward.errors import ErrorCode
 from moe_forward.messages import (
     Announce,
@@ -29,10 +29,12 @@ from moe_forward.messages import (
     Message,
     RankHello,
     RankTokens,
+    RankWord,
     Released,
     Several,
     StepAnswers,
     StepOrder,
+    StepSummary,
     Stop,
     TakeConnection,
     Ticket,
@@ -229,6 +231,33 @@ def test_requests_come_to_the_engine_as_tickets_and_whole_to_the_ranks(step: Ste
         assert tickets[-1].front == front
     order = StepOrder(step.step, step.generation, step.layer, tuple(tickets))
     assert again(order) == step._replace(requests=tuple(item._replace(front=front) for item in step.requests))
+
+
+@settings(max_examples=200, deadline=None)
+@given(REPORTS)
+def test_results_come_to_the_engine_as_words_and_whole_to_the_front_ends(report: StepReport) -> None:
+    words = []
+    for result in report.results:
+        word = unpack(memoryview(pack(result)), ENGINE_DECODERS)
+        assert isinstance(word, RankWord)
+        for name in ("step", "generation", "rank", "non_finite", "missing_routes", "error"):
+            assert getattr(word, name) == getattr(result, name)
+        words.append(word)
+    assert again(StepSummary(*report[:5], tuple(words))) == report
+
+
+@pytest.mark.parametrize(
+    "result",
+    [StepResult(1, 2, 3, (), 4), StepResult(1, 2, 3, (), 4, non_finite=(5,), expert_rows=(6, 7), error="größer")],
+)
+def test_a_result_that_front_ends_could_not_read_does_not_pass_the_engine(result: StepResult) -> None:
+    data = pack(result)
+    counts_at = len(pack(StepResult(1, 2, 3, (), 4))) - 12
+    cut = data[:-3]  # in the middle of a number, or of a letter
+    counts_lie = data[:counts_at] + b"\xff" + data[counts_at + 1 :]
+    for damaged in (cut, counts_lie, data[:20], data + b"\xff"):
+        with pytest.raises((ValueError, struct.error)):
+            unpack(memoryview(damaged), ENGINE_DECODERS)
 
 
 def test_enums_come_back_as_enums() -> None:

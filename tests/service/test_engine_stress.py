@@ -14,9 +14,9 @@ import uvloop
 
 from moe_forward.batcher import BatchLimits
 from moe_forward.errors import ErrorCode
-from moe_forward.messages import StepAnswers
+from moe_forward.messages import StepAnswers, StepSummary
 from moe_forward.peers import Fronts
-from moe_forward.types import ForwardResult, Step, StepReport, StepResult
+from moe_forward.types import ForwardResult, Step, StepResult
 
 if TYPE_CHECKING:
     from tests.service.conftest import FakeRank, Front, Pool
@@ -141,7 +141,7 @@ def test_every_request_is_answered_once_whatever_happens(
         answers[result.front, result.request] += 1
         answer(fronts, result)
 
-    def all_counted(fronts: Fronts, told: dict[int, StepAnswers], report: StepReport) -> None:
+    def all_counted(fronts: Fronts, told: dict[int, StepAnswers], report: StepSummary) -> None:
         answers.update((front, request) for front, mine in told.items() for request in mine.requests)
         finish(fronts, told, report)
 

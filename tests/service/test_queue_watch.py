@@ -25,7 +25,7 @@ class Queue:
 
     def becomes(self, requests: int) -> None:
         self.now = QueueReport(requests, 10 * requests)
-        self.watch.changed()
+        self.watch.changed(*self.now)
 
 
 @pytest.fixture(autouse=True)

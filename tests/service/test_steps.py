@@ -10,9 +10,9 @@ import pytest
 from moe_forward.answers import answers_of, report_of, results_in
 from moe_forward.batcher import Ahead, Batcher, BatchLimits, Pace, Queued
 from moe_forward.errors import ErrorCode
-from moe_forward.messages import StepOrder
+from moe_forward.messages import RankWord, StepOrder
 from moe_forward.steps import Sent, StepsInFlight
-from moe_forward.types import ForwardResult, QueueReport, StepResult
+from moe_forward.types import ForwardResult, QueueReport
 
 from .step_simulation import LIMITS, Cost, Simulation, layers_in_turn, make_request, thinking
 
@@ -33,9 +33,10 @@ def results_of(sent: Sent, ended_seconds: float, missing_experts: int = 0) -> li
 
 
 def answer(steps: StepsInFlight, number: int, rank: int = 0) -> None:
-    sent = steps.find(StepResult(number, 1, rank, (), 0))
+    word = RankWord(number, 1, rank, b"")
+    sent = steps.find(word)
     assert sent is not None
-    sent.results[rank] = StepResult(number, 1, rank, (), 0)
+    sent.results[rank] = word
 
 
 def test_the_time_of_a_step_begins_when_the_one_before_it_has_ended() -> None:
@@ -43,14 +44,17 @@ def test_the_time_of_a_step_begins_when_the_one_before_it_has_ended() -> None:
     send(steps, 0, now=1.0)
     queued = send(steps, 1, now=1.5, requests=2)
     assert not steps.have_room
+    assert steps.began_seconds == 1.0
     answer(steps, 0)
     first = steps.pop_finished(1, 2.0)
     assert first is not None
     assert (first.sent_seconds, first.began_seconds) == (1.0, 1.0)
+    assert steps.began_seconds == 2.0
     answer(steps, 1)
     second = steps.pop_finished(1, 2.7)
     assert second is not None
     assert (second.sent_seconds, second.began_seconds) == (1.5, 2.0)
+    assert steps.began_seconds == float("inf")
     results = results_of(second, 2.7)
     assert [(result.request, result.step) for result in results] == [(item.request.request, 1) for item in queued]
     assert all(result.queue_seconds == pytest.approx(0.501) for result in results)
@@ -73,9 +77,9 @@ def test_a_step_whose_ranks_have_all_answered_waits_for_the_one_before_it() -> N
 def test_words_of_other_generations_and_of_steps_given_up_belong_to_nobody() -> None:
     steps = steps_in_flight()
     send(steps, 5, now=1.0)
-    assert steps.find(StepResult(5, 2, 0, (), 0)) is None
+    assert steps.find(RankWord(5, 2, 0, b"")) is None
     assert [sent.step.step for sent in steps.pop_all()] == [5]
-    assert steps.find(StepResult(5, 1, 0, (), 0)) is None
+    assert steps.find(RankWord(5, 1, 0, b"")) is None
     assert steps.have_room
 
 
@@ -85,8 +89,8 @@ def test_what_ranks_say_reaches_the_request_it_is_about_and_the_report() -> None
     sent = steps.oldest
     assert sent is not None
     sent.results = {
-        1: StepResult(0, 1, 1, (), 7, non_finite=(1,), missing_routes=(2, 0)),
-        0: StepResult(0, 1, 0, (), 7, missing_routes=(1, 0)),
+        1: RankWord(0, 1, 1, b"", non_finite=(1,), missing_routes=(2, 0)),
+        0: RankWord(0, 1, 0, b"", missing_routes=(1, 0)),
     }
     fine, bad = results_of(sent, 2.0, missing_experts=4)
     assert (fine.code, fine.missing_routes, fine.missing_experts, fine.batch_tokens) == (None, 3, 4, 6)

@@ -10,20 +10,11 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from dataclasses import dataclass
 
-from moe_forward.batcher.limits import BatchLimits, Queued
+from moe_forward.batcher.limits import Account, BatchLimits, Queued
 
 RESERVE_PART = 4
 """A queue that is full keeps this part of its size for clients that have less than their share of it."""
-
-
-@dataclass(slots=True)
-class _Account:
-    given: float
-    requests: int = 0
-    tokens: int = 0
-    small_tokens: int = 0
 
 
 class Clients:
@@ -32,12 +23,8 @@ class Clients:
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
         self._clock = 0.0
-        self._waiting: dict[int, _Account] = {}
+        self._waiting: dict[int, Account] = {}
         self._ahead: dict[int, float] = {}  # clients at rest that were given more than the clock says
-
-    def given(self, client: int) -> float:
-        """Return what a waiting client was given."""
-        return self._waiting[client].given
 
     def may_queue(self, client: int, tokens: int, queue_requests: int, queue_tokens: int) -> bool:
         """Tell whether a request may join a queue of so many requests and tokens.
@@ -46,13 +33,14 @@ class Clients:
         queue divided by the clients that wait, into a reserve of a quarter. So what was accepted is never dropped for
         another, and a client alone may use the whole queue.
         """
-        limits, mine = self._limits, self._waiting.get(client)
-        if queue_requests + 1 <= limits.max_queue_requests and queue_tokens + tokens <= limits.max_queue_tokens:
+        limits = self._limits
+        if queue_requests < limits.max_queue_requests and queue_tokens + tokens <= limits.max_queue_tokens:
             return True
         if queue_requests + 1 > _with_reserve(limits.max_queue_requests):
             return False
         if queue_tokens + tokens > _with_reserve(limits.max_queue_tokens):
             return False
+        mine = self._waiting.get(client)
         return mine is None or (
             (mine.requests + 1) * len(self._waiting) <= limits.max_queue_requests
             and (mine.tokens + tokens) * len(self._waiting) <= limits.max_queue_tokens
@@ -71,34 +59,42 @@ class Clients:
         return wanted + sum(min(other.small_tokens, wanted) for other in others)
 
     def joined(self, item: Queued) -> None:
-        """Note a request that waits from now on."""
+        """Note a request that waits from now on, in its client's account."""
         client, tokens = item.request.client, item.request.tokens
+        small_tokens = 0 if item.large else tokens
         account = self._waiting.get(client)
         if account is None:
-            account = self._waiting[client] = _Account(max(self._clock, self._ahead.pop(client, self._clock)))
-        account.requests += 1
-        account.tokens += tokens
-        if not item.large:
-            account.small_tokens += tokens
+            given = max(self._clock, self._ahead.pop(client, self._clock)) if self._ahead else self._clock
+            account = self._waiting[client] = Account(given, 1, tokens, small_tokens)
+        else:
+            account.requests += 1
+            account.tokens += tokens
+            account.small_tokens += small_tokens
+        item.account = account
+
+    def served(self, item: Queued) -> None:
+        """Charge a request that waits no more to its client."""
+        share = self._limits.share(item.request.tokens)
+        item.account.given += share
+        self._clock += share / len(self._waiting)
+        self.left(item)
 
     def left(self, item: Queued) -> None:
-        """Note a request that waits no more, served or not."""
-        client, tokens = item.request.client, item.request.tokens
-        account = self._waiting[client]
+        """Note a request that waits no more."""
+        account = item.account
+        if account.requests == 1:
+            del self._waiting[item.request.client]
+            if account.given > self._clock:
+                self._remember(item.request.client, account.given)
+            return
+        tokens = item.request.tokens
         account.requests -= 1
         account.tokens -= tokens
         if not item.large:
             account.small_tokens -= tokens
-        if not account.requests:
-            del self._waiting[client]
-            if account.given > self._clock:
-                self._ahead[client] = account.given
 
-    def charge(self, item: Queued) -> None:
-        """Note that a request is served; before it has `left`."""
-        share = self._limits.share(item.request.tokens)
-        self._waiting[item.request.client].given += share
-        self._clock += share / len(self._waiting)
+    def _remember(self, client: int, given: float) -> None:
+        self._ahead[client] = given
         if len(self._ahead) > 2 * len(self._waiting) + 64:
             self._ahead = {client: given for client, given in self._ahead.items() if given > self._clock}
 
@@ -110,11 +106,11 @@ def _with_reserve(limit: int) -> int:
 class FairQueue:
     """Requests of one layer and kind, next first: of the client that was given least, in its own order of arrival."""
 
-    def __init__(self, clients: Clients, limits: BatchLimits) -> None:
-        self._clients = clients
+    def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
         self._waiting: dict[int, OrderedDict[Queued, None]] = {}  # by client, in order of arrival
-        # A client's place may say less than it was given meanwhile, and is put right when it comes to the front.
+        # Empty until there are several clients. A place may say less than its client was given meanwhile, and is put
+        # right when it comes to the front.
         self._places: list[tuple[float, float, int]] = []  # given, arrival of its first, client
         self._placed: set[int] = set()
         self.requests = 0
@@ -126,45 +122,65 @@ class FairQueue:
         return self.tokens >= self._limits.max_step_tokens or self.requests >= self._limits.max_step_requests
 
     def add(self, item: Queued) -> None:
-        """Queue a request that its client's account knows."""
+        """Queue a request that has joined its client's account."""
         client = item.request.client
         mine = self._waiting.get(client)
         if mine is None:
             mine = self._waiting[client] = OrderedDict()
+            if self._places and client not in self._placed:
+                self._placed.add(client)
+                heapq.heappush(self._places, (item.account.given, item.arrived_seconds, client))
         mine[item] = None
-        if client not in self._placed:
-            self._placed.add(client)
-            heapq.heappush(self._places, (self._clients.given(client), item.arrived_seconds, client))
         self.requests += 1
         self.tokens += item.request.tokens
 
     def remove(self, item: Queued) -> None:
         """Take a request out, wherever it stands."""
-        mine = self._waiting[item.request.client]
+        client = item.request.client
+        mine = self._waiting[client]
         del mine[item]
-        if not mine:
-            del self._waiting[item.request.client]
         self.requests -= 1
         self.tokens -= item.request.tokens
+        if not mine:
+            del self._waiting[client]
+            if self._places and not self._waiting:
+                self._places.clear()
+                self._placed.clear()
 
     def place(self) -> tuple[float, float]:
         """Return how far in front the queue's first is, smallest first; there must be one."""
-        given, arrived, _ = self._settled()
-        return given, arrived
+        item = self.first()
+        return item.account.given, item.arrived_seconds
 
     def first(self) -> Queued:
         """Return whose turn it is; there must be one."""
-        return next(iter(self._waiting[self._settled()[2]]))
+        if len(self._waiting) == 1:
+            (mine,) = self._waiting.values()
+            return next(iter(mine))
+        return self._first_of_several()
 
-    def _settled(self) -> tuple[float, float, int]:
+    def _first_of_several(self) -> Queued:
+        if not self._places:
+            self._place_all()
+        places = self._places
         while True:
-            place = self._places[0]
-            mine = self._waiting.get(place[2])
+            place = places[0]
+            client = place[2]
+            mine = self._waiting.get(client)
             if mine is None:
-                heapq.heappop(self._places)
-                self._placed.discard(place[2])
+                heapq.heappop(places)
+                self._placed.discard(client)
                 continue
-            now = (self._clients.given(place[2]), next(iter(mine)).arrived_seconds, place[2])
+            item = next(iter(mine))
+            now = (item.account.given, item.arrived_seconds, client)
             if now == place:
-                return place
-            heapq.heapreplace(self._places, now)
+                return item
+            heapq.heapreplace(places, now)
+            if places[0] is now:
+                return item
+
+    def _place_all(self) -> None:
+        firsts = [next(iter(mine)) for mine in self._waiting.values()]
+        self._places = [(item.account.given, item.arrived_seconds, item.request.client) for item in firsts]
+        heapq.heapify(self._places)
+        self._placed.update(self._waiting)

@@ -36,14 +36,28 @@ class BatchLimits:
         return tokens * SMALL_PART > self.max_step_tokens
 
 
+@dataclass(slots=True)
+class Account:
+    """A client that waits: what it was given, in shares of a step, and how much of it waits."""
+
+    given: float
+    requests: int
+    tokens: int
+    small_tokens: int
+
+
 class Queued:
     """A waiting request. arrived_seconds: when it came (CLOCK_MONOTONIC). large: small ones go before it.
 
-    key: what it is called. given_seconds: from its arrival to its deadline. Worked out once, and equal to itself only:
-    the queue asks for them a dozen times, and keeps requests in dictionaries.
+    key: what it is called. given_seconds: from its arrival to its deadline. account: its client's, while it waits.
+
+    Worked out once, and equal to itself only: the queue asks for them a dozen times, and keeps requests in
+    dictionaries.
     """
 
-    __slots__ = ("arrived_seconds", "given_seconds", "key", "large", "request")
+    __slots__ = ("account", "arrived_seconds", "given_seconds", "key", "large", "request")
+
+    account: Account
 
     def __init__(self, request: Ticket, arrived_seconds: float, large: bool = False) -> None:
         self.request = request

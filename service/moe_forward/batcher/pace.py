@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
 
 SMOOTHING = 0.2
 RATE_SMOOTHING = 0.1
-
-
-@dataclass(slots=True)
-class _Size:
-    """Steps of about one size: how many tokens on average, and how long they take."""
-
-    tokens: float
-    seconds: float
 
 
 class Pace:
@@ -29,10 +20,10 @@ class Pace:
         self.steps = 0
         self.longest_seconds = 0.0
         self.fewest_tokens = math.inf
-        self._sizes: dict[int, _Size] = {}  # by bits of the number of tokens
-        self._ascending: list[_Size] = []
-        self._tokens: list[float] = []  # of the ascending sizes, as their seconds: every request is looked up in them
+        # Steps of about one size: how many tokens on average and how long they take, both ascending.
+        self._tokens: list[float] = []
         self._seconds: list[float] = []
+        self._places: dict[int, int] = {}  # where in them, by bits of the number of tokens
 
     def finished(self, tokens: int, seconds: float) -> None:
         """Learn from a step. seconds: since it could begin, so that steps that overlap are not counted twice.
@@ -42,28 +33,33 @@ class Pace:
         """
         rate = tokens / max(seconds, 1e-6)
         self.tokens_per_second += (rate - self.tokens_per_second) * (RATE_SMOOTHING if self.tokens_per_second else 1)
-        size = self._sizes.get(tokens.bit_length())
-        if size is None:
-            size = self._sizes[tokens.bit_length()] = _Size(tokens, seconds)
-            self._ascending = [self._sizes[bits] for bits in sorted(self._sizes)]
-        size.tokens += (tokens - size.tokens) * SMOOTHING
-        size.seconds += (seconds - size.seconds) * SMOOTHING
-        for other in self._ascending:
-            times = other.tokens / size.tokens
-            other.seconds = min(max(other.seconds, size.seconds * min(1.0, times)), size.seconds * max(1.0, times))
-        self._tokens = [other.tokens for other in self._ascending]
-        self._seconds = [other.seconds for other in self._ascending]
+        bits = tokens.bit_length()
+        if bits not in self._places:
+            self._insert(bits, tokens, seconds)
+        place = self._places[bits]
+        mean_tokens = self._tokens[place]
+        mean_tokens += (tokens - mean_tokens) * SMOOTHING
+        mean_seconds = self._seconds[place]
+        mean_seconds += (seconds - mean_seconds) * SMOOTHING
+        self._tokens[place], self._seconds[place] = mean_tokens, mean_seconds
+        for other, its_tokens in enumerate(self._tokens):
+            if other != place:
+                times = its_tokens / mean_tokens
+                least, most = mean_seconds * min(1.0, times), mean_seconds * max(1.0, times)
+                self._seconds[other] = min(max(self._seconds[other], least), most)
         self.steps += 1
         self.longest_seconds = max(self._seconds)
         self.fewest_tokens = self.tokens_within(0.0)
 
     def step_seconds(self, tokens: int) -> float | None:
         """Return how long a step of `tokens` takes, by those nearest in size (a factor of two); None before any."""
-        if not self._sizes:
+        if not self._places:
             return None
         wanted = tokens.bit_length()
-        size = self._sizes.get(wanted) or self._sizes[min(self._sizes, key=lambda bits: abs(bits - wanted))]
-        return size.seconds
+        place = self._places.get(wanted)
+        if place is None:
+            place = self._places[min(self._places, key=lambda bits: abs(bits - wanted))]
+        return self._seconds[place]
 
     def expected_seconds(self, tokens: float) -> float | None:
         """Return the same between the sizes that were seen, for steps of any.
@@ -71,26 +67,34 @@ class Pace:
         Smaller ones than any take as long as the smallest, since that is mostly what every step takes; larger ones as
         long as the largest: how much longer is seen when there is one, and nobody is refused for a guess.
         """
-        sizes = self._ascending
-        if not sizes:
+        if not self._tokens:
             return None
         above = bisect_left(self._tokens, tokens)
-        if above in (0, len(sizes)):
-            return sizes[max(0, above - 1)].seconds
-        low, high = sizes[above - 1 : above + 1]
-        return low.seconds + (tokens - low.tokens) * (high.seconds - low.seconds) / (high.tokens - low.tokens)
+        if above in (0, len(self._tokens)):
+            return self._seconds[max(0, above - 1)]
+        low, high = self._tokens[above - 1 : above + 1]
+        low_seconds, high_seconds = self._seconds[above - 1 : above + 1]
+        return low_seconds + (tokens - low) * (high_seconds - low_seconds) / (high - low)
 
     def tokens_within(self, seconds: float) -> float:
         """Return how many tokens a step may have that is to take `seconds`, or twice the least that any takes.
 
         Returns: infinite where no size says how steps grow.
         """
-        sizes = self._ascending
-        if len(sizes) < 2:
+        sizes = len(self._tokens)
+        if sizes < 2:
             return math.inf
-        seconds = max(seconds, 2 * sizes[0].seconds)
-        above = min(bisect_right(self._seconds, seconds), len(sizes) - 1)
-        low, high = sizes[above - 1 : above + 1]
-        if high.seconds <= low.seconds:
+        seconds = max(seconds, 2 * self._seconds[0])
+        above = min(bisect_right(self._seconds, seconds), sizes - 1)
+        low, high = self._tokens[above - 1 : above + 1]
+        low_seconds, high_seconds = self._seconds[above - 1 : above + 1]
+        if high_seconds <= low_seconds:
             return math.inf
-        return low.tokens + (seconds - low.seconds) * (high.tokens - low.tokens) / (high.seconds - low.seconds)
+        return low + (seconds - low_seconds) * (high - low) / (high_seconds - low_seconds)
+
+    def _insert(self, bits: int, tokens: int, seconds: float) -> None:
+        place = sum(other < bits for other in self._places)
+        self._tokens.insert(place, tokens)
+        self._seconds.insert(place, seconds)
+        self._places = {other: at + (other > bits) for other, at in self._places.items()}
+        self._places[bits] = place

@@ -30,23 +30,25 @@ class Company:
 
     def arrived(self, now: float, alone: bool) -> None:
         """Note a request. alone: it found the line empty."""
-        if self._began is not None and now > self._began + self._window_seconds:
-            self._end(now)
-        self._came += self._began is not None
+        if self._began is not None:
+            if now > self._began + self._window_seconds:
+                self._end(now, self._began)
+            else:
+                self._came += 1
         if alone:
-            self._end(now)
+            if self._began is not None:
+                self._end(now, self._began)
             self._began = now
 
     def answered(self, sent_seconds: float, now: float) -> None:
         """Note that a step, sent at `sent_seconds`, has ended."""
         if self._began is not None and sent_seconds >= self._began:
-            self._end(now)
+            self._end(now, self._began)
 
-    def _end(self, now: float) -> None:
-        if self._began is not None:
-            watched = min(now - self._began, self._window_seconds)
-            self._arrivals = MEMORY * self._arrivals + self._came
-            self._watched_seconds = MEMORY * self._watched_seconds + watched
+    def _end(self, now: float, began: float) -> None:
+        watched = min(now - began, self._window_seconds)
+        self._arrivals = MEMORY * self._arrivals + self._came
+        self._watched_seconds = MEMORY * self._watched_seconds + watched
         self._began, self._came = None, 0
 
 

@@ -40,22 +40,25 @@ class Batcher:
 
     def add(self, request: Ticket, now: float) -> bool:
         """Queue a request; False when the queue has no room for it."""
-        if not self._clients.may_queue(request.client, request.tokens, self.requests, self.tokens):
+        layer, tokens = request.layer, request.tokens
+        if not self._clients.may_queue(request.client, tokens, self.requests, self.tokens):
             return False
-        item = Queued(request, now, self._limits.is_large(request.tokens))
+        item = Queued(request, now, self._limits.is_large(tokens))
         if item.large:
             self._large_since = min(self._large_since, now)
         else:
             self._small_requests += 1
         self._items[item.key] = item
         self._clients.joined(item)
-        line = self._busy[request.layer] = self._line(request.layer)
+        line = self._busy.get(layer)
+        if line is None:
+            line = self._busy[layer] = self._line(layer)
         if line.add(item):
-            self._full.add(request.layer)
+            self._full.add(layer)
         self.requests += 1
-        self.tokens += request.tokens
+        self.tokens += tokens
         if request.deadline_seconds < math.inf:
-            self._remember_deadline(request.deadline_seconds, item.key)
+            heapq.heappush(self._deadlines, (request.deadline_seconds, item.key))
         return True
 
     def late_seconds(self, request: Ticket, now: float, ahead: Ahead | None = None) -> float | None:
@@ -63,8 +66,10 @@ class Batcher:
 
         ahead: as for `next_step`. Who finds the queue empty is never late: that is how a new pace is learned.
         """
+        if not self.requests:
+            return None
         left_seconds = request.deadline_seconds - now
-        if not self.requests or not 0 < left_seconds < math.inf:
+        if not 0 < left_seconds < math.inf:
             return None
         if self.in_time_at_worst(request, now, ahead):
             return None
@@ -108,9 +113,11 @@ class Batcher:
     def expire(self, now: float) -> list[Queued]:
         """Take out every request whose deadline has passed."""
         expired = []
-        while self._soonest_deadline() <= now:
-            expired.append(self._items[heapq.heappop(self._deadlines)[1]])
-            self._remove(expired[-1])
+        while self._deadlines and self._deadlines[0][0] <= now:
+            item = self._items.get(heapq.heappop(self._deadlines)[1])
+            if item is not None:
+                expired.append(item)
+                self._remove(item)
         return expired
 
     def next_step(self, now: float, ahead: Ahead | None = None) -> list[Queued]:
@@ -130,21 +137,28 @@ class Batcher:
         Returns: requests of one layer, empty when nothing is due.
         """
         hurry = _hurry_seconds(ahead)
-        if now < hurry and not self._full:
+        late_enough = now >= hurry
+        if not late_enough and not self._full:
             return []
-        small = [line for line in self._busy.values() if _small_ready(line, hurry) <= now]
-        large = [line for line in self._busy.values() if self._large_ready(line, ahead) <= now]
-        if large and not small and self._small_requests and now >= hurry:
+        small, large = [], []
+        for line in self._busy.values():
+            small_due, large_due = line.due_seconds()
+            if small_due == -math.inf or (late_enough and small_due <= now):
+                small.append(line)
+            if large_due <= now and self._large_ready(large_due, ahead) <= now:
+                large.append(line)
+        if large and not small and self._small_requests and late_enough:
             small = [line for line in self._busy.values() if line.small.requests]  # rather than wait behind a large one
         if small and self.requests > self._small_requests:  # a large step in place of this one may be early
-            large = [line for line in self._busy.values() if line.large_due_seconds() <= now]
+            large = [line for line in self._busy.values() if line.due_seconds()[1] <= now]
         if large:
-            line = min(large, key=lambda line: line.large.place())
+            line = large[0] if len(large) == 1 else min(large, key=lambda line: line.large.place())
             if not small or self._is_turn_of_large(line.large.first(), now):
                 return self._take_large(line, now)
         if small:
             self._large_went_last = False
-            return self._fill([], min(small, key=lambda line: line.small.place()).small)
+            line = small[0] if len(small) == 1 else min(small, key=lambda line: line.small.place())
+            return self._fill([], line, line.small)
         return []
 
     def wake_seconds(self, now: float, ahead: Ahead | None = None, room: bool = True) -> float:
@@ -159,7 +173,8 @@ class Batcher:
         if now < hurry and not self._full:
             return min(wake, hurry)  # nothing can go before; which line will be due is a question for then
         for line in self._busy.values():
-            wake = min(wake, _small_ready(line, hurry), self._large_ready(line, ahead))
+            small_due, large_due = line.due_seconds()
+            wake = min(wake, _small_ready(small_due, hurry), self._large_ready(large_due, ahead))
         return wake
 
     def finished(self, layer: int, tokens: int, sent_seconds: float, step_seconds: float, now: float) -> None:
@@ -178,11 +193,10 @@ class Batcher:
     def _line(self, layer: int) -> Line:
         line = self._lines.get(layer)
         if line is None:
-            line = self._lines[layer] = Line(self._clients, self._limits, self.pace)
+            line = self._lines[layer] = Line(self._limits, self.pace)
         return line
 
-    def _large_ready(self, line: Line, ahead: Ahead | None) -> float:
-        due = line.large_due_seconds()
+    def _large_ready(self, due: float, ahead: Ahead | None) -> float:
         full = due == -math.inf
         if ahead is None or (full and not ahead.large and not self._small_requests):
             return due
@@ -197,34 +211,37 @@ class Batcher:
         return now >= min(halfway, self._large_since + LARGE_TURN_STEPS * full_step_seconds)
 
     def _take_large(self, line: Line, now: float) -> list[Queued]:
-        step: list[Queued] = []
-        self._serve(step, line.large.first())
-        self._fill(step, line.small)
-        self._fill(step, line.large)
+        first = line.large.first()
+        line.large.remove(first)
+        self._clients.served(first)
+        self._forget([first], line)
+        step = self._fill([first], line, line.small)
+        self._fill(step, line, line.large)
         self._large_went_last = True
         self._large_since = now if self.requests > self._small_requests else math.inf
         return step
 
-    def _fill(self, step: list[Queued], queue: FairQueue) -> list[Queued]:
-        """Serve from `queue` while it fits; who does not fit is not overtaken."""
-        tokens = sum(item.request.tokens for item in step)
-        given_seconds = min((item.given_seconds for item in step), default=math.inf)
-        most_tokens = most_step_tokens(given_seconds, self._limits, self.pace)
+    def _fill(self, step: list[Queued], line: Line, queue: FairQueue) -> list[Queued]:
+        """Serve from `queue`, which is one of `line`, while it fits; who does not fit is not overtaken."""
+        tokens, given_seconds = 0, math.inf
+        for item in step:
+            tokens += item.request.tokens
+            given_seconds = min(given_seconds, item.given_seconds)
+        surely_fit = min(self._limits.max_step_tokens, self.pace.fewest_tokens)  # whatever time was given
+        before = len(step)
         while queue.requests and len(step) < self._limits.max_step_requests:
             item = queue.first()
             tokens += item.request.tokens
             if item.given_seconds < given_seconds:
                 given_seconds = item.given_seconds
-                most_tokens = most_step_tokens(given_seconds, self._limits, self.pace)
-            if step and tokens > most_tokens:
+            if tokens > surely_fit and step and tokens > most_step_tokens(given_seconds, self._limits, self.pace):
                 break
-            self._serve(step, item)
+            queue.remove(item)
+            self._clients.served(item)
+            step.append(item)
+        if len(step) > before:
+            self._forget(step[before:], line)
         return step
-
-    def _serve(self, step: list[Queued], item: Queued) -> None:
-        step.append(item)
-        self._clients.charge(item)
-        self._remove(item)
 
     def _take(self, unwanted: Callable[[Queued], bool]) -> list[Queued]:
         taken = [item for item in self._items.values() if unwanted(item)]
@@ -233,24 +250,31 @@ class Batcher:
         return taken
 
     def _remove(self, item: Queued) -> None:
-        del self._items[item.key]
         line = self._busy[item.request.layer]
-        line.remove(item)
-        if item.request.layer in self._full and not line.is_full:
-            self._full.discard(item.request.layer)
-        if not line:
-            del self._busy[item.request.layer]
+        (line.large if item.large else line.small).remove(item)
         self._clients.left(item)
-        self.requests -= 1
-        self.tokens -= item.request.tokens
-        if not item.large:
-            self._small_requests -= 1
+        self._forget([item], line)
+
+    def _forget(self, items: list[Queued], line: Line) -> None:
+        """Note that small or large requests of a line, which left their queue and their accounts, wait no more."""
+        layer = items[0].request.layer
+        line.changed()
+        for item in items:
+            del line.waiting[item]
+            del self._items[item.key]
+            self.tokens -= item.request.tokens
+        self.requests -= len(items)
+        if not items[0].large:
+            self._small_requests -= len(items)
         elif self.requests == self._small_requests:
             self._large_since = math.inf
-
-    def _remember_deadline(self, deadline_seconds: float, key: Key) -> None:
-        heapq.heappush(self._deadlines, (deadline_seconds, key))
-        if len(self._deadlines) > 2 * self.requests + 64:  # those of requests that left long before
+        if layer in self._full and not line.is_full:
+            self._full.discard(layer)
+        if not line.waiting:
+            del self._busy[layer]
+        if not self.requests:
+            self._deadlines.clear()
+        elif len(self._deadlines) > 2 * self.requests + 64:  # most are of requests that left long before
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._items]
             heapq.heapify(self._deadlines)
 
@@ -264,6 +288,5 @@ def _hurry_seconds(ahead: Ahead | None) -> float:
     return -math.inf if ahead is None else ahead.hurry_seconds
 
 
-def _small_ready(line: Line, hurry: float) -> float:
-    due = line.small_due_seconds()
+def _small_ready(due: float, hurry: float) -> float:
     return due if due == -math.inf else max(due, hurry)
