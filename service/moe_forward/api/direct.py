@@ -122,6 +122,7 @@ class DirectPeer:
 
     def gone(self) -> None:
         """The connection is lost."""
+        self._cycle.disconnected = True  # the server says so only to the last of several requests
         if self._body is not None:
             self._body.fails(ClientDisconnected())
         if self._on_gone is not None:

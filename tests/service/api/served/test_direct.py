@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import ssl
 import time
@@ -179,7 +180,9 @@ def test_memory_of_a_body_that_took_too_long_is_not_written_to_any_more(
         assert not np.frombuffer(view, np.uint8).any()
 
 
-def test_a_client_that_leaves_is_noticed_behind_a_second_request(front: Any, kit: Any, serve: Any, wire: Any) -> None:
+def test_a_client_that_leaves_is_noticed_behind_a_second_request_and_is_no_error(
+    front: Any, kit: Any, serve: Any, wire: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     front.link.gate.clear()
     with serve(front).connect() as connection:
         connection.sendall(ask(kit, wire, kit.states(1)) * 2)
@@ -187,3 +190,5 @@ def test_a_client_that_leaves_is_noticed_behind_a_second_request(front: Any, kit
     kit.wait(lambda: front.link.cancelled == [1])
     front.link.gate.set()
     kit.wait(lambda: front.link.slab.taken_bytes == 0)
+    kit.wait(lambda: front.requests(499) == 1)
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []

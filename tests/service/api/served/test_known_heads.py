@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+
+from moe_forward.api.heads import Head, Heads
 
 ROWS = 2
 
@@ -125,3 +130,83 @@ def test_a_known_head_is_refused_while_draining(front: Any, kit: Any, serve: Any
         front.app.state.drain()
         connection.sendall(ask(kit, wire, 1))
         assert wire.reply(connection)[0] == 503
+
+
+LINES = (
+    "Host: front",
+    "Host: other",
+    "Connection: close",
+    "Connection: keep-alive",
+    "Connection: Upgrade",
+    "Upgrade: websocket",
+    "Transfer-Encoding: chunked",
+    "Content-Length: 7",
+    "content-length: 07",
+    "Expect: 100-continue",
+    "X-Request-Id: mine",
+    "X-Request-Id: not\tmine",
+    "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+    "Content-Encoding: identity",
+    "Content-Encoding: br",
+    "Layer: 2",
+    "X-Moe-Timeout-Ms: 5000",
+    "X-Odd: caf\u00e9",
+    "X-Empty:",
+    "Bad Header: 1",
+)
+TARGETS = (
+    "/v1/moe/forward?layer=1",
+    "/v1/moe/forward",
+    "/v1/moe%2Fforward?layer=1",
+    "http://front/v1/moe/forward?layer=1",
+)
+
+
+def any_head(random: Random, length: int) -> bytes:
+    """A head that may be fine, odd or wrong in several ways."""
+    method = random.choices(("POST", "PUT", "GET", "HEAD"), (12, 1, 1, 1))[0]
+    version = random.choices(("HTTP/1.1", "HTTP/1.0"), (8, 1))[0]
+    lines = [f"{method} {random.choice(TARGETS)} {version}", "Content-Type: application/vnd.safetensors"]
+    lines += [f"Content-Length: {length}"] * random.choices((1, 2, 0), (12, 1, 1))[0]
+    lines += random.sample(LINES, random.choice((0, 0, 1, 1, 2, 3)))
+    return "\r\n".join(lines).encode("utf-8") + b"\r\n\r\n"
+
+
+def exchange(served: Any, head: bytes, body: bytes, times: int) -> bytes:
+    """What comes back when a request is sent several times on one connection, without what is new in every reply."""
+    last = b"GET /v2/health/live HTTP/1.1\r\nHost: front\r\nConnection: close\r\n\r\n"
+    data = b""
+    with served.connect() as connection, contextlib.suppress(ConnectionError):
+        connection.settimeout(0.3)  # of those that wait for more
+        connection.sendall((head + body) * times + last)
+        with contextlib.suppress(TimeoutError):
+            while received := connection.recv(65536):
+                data += received
+            data += b"closed"
+    return re.sub(rb"[0-9a-f]{32}|dur=[0-9.]+|date: [^\r]+", b"", data)
+
+
+def test_any_head_is_answered_as_by_a_server_that_remembers_none(
+    make_front: Any, kit: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembering = serve(make_front())
+    kept: list[bytes] = []
+    keep = Heads.keep
+
+    def note(heads: Heads, text: bytes, head: Head) -> None:
+        kept.append(text)
+        keep(heads, text, head)
+
+    monkeypatch.setattr(Heads, "keep", note)
+    random = Random(7)
+    body = kit.body(hidden_states=kit.states(1))
+    requests = [(any_head(random, len(body)), 1 + number % 3) for number in range(150)]
+    remembered = []
+    for head, times in requests:
+        exchange(remembering, head, body, 1)
+        remembered.append(exchange(remembering, head, body, times))
+    monkeypatch.setattr(Heads, "keep", lambda heads, text, head: None)
+    forgetful = serve(make_front())
+    for (head, times), reply in zip(requests, remembered, strict=True):
+        assert exchange(forgetful, head, body, times) == reply, head
+    assert len(set(kept)) > 20
