@@ -31,6 +31,8 @@ from moe_forward.errors import ErrorCode, ForwardError
 log = logging.getLogger(__name__)
 
 LINGER_SECONDS = 1.0
+_OF_CONNECTION = frozenset(("server", "client", "scheme", "state", "extensions"))
+"""Parts of a scope that a head says nothing of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,8 @@ class Connection(HttpToolsProtocol):
         if self._awaits_body is not None:
             peer, length = self._awaits_body
             cycle = self.cycle
-            known = Head(self.scope.copy(), length, cycle.keep_alive, cycle.waiting_for_100_continue, peer.notes)  # type: ignore[arg-type]
+            scope: dict[str, Any] = {name: value for name, value in self.scope.items() if name not in _OF_CONNECTION}
+            known = Head(scope, length, cycle.keep_alive, cycle.waiting_for_100_continue, peer.notes)
             self._known_heads.keep(text, known)
 
     def _begin_request(self, head: Head) -> None:

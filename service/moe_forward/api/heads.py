@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 LONGEST_BYTES = 2048
+"""Longer ones are not kept."""
+
 MOST_HEADS = 256
 """Kept at a time, so half a megabyte of them."""
 

@@ -132,6 +132,21 @@ def test_a_known_head_is_refused_while_draining(front: Any, kit: Any, serve: Any
         assert wire.reply(connection)[0] == 503
 
 
+def test_nothing_of_a_connection_is_kept_with_its_head(
+    front: Any, kit: Any, serve: Any, wire: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Head] = []
+    monkeypatch.setattr(Heads, "keep", lambda heads, text, head: kept.append(head))
+    with serve(front).connect() as connection:
+        connection.sendall(ask(kit, wire, 0))
+        check(kit, wire.reply(connection), 0)
+    (head,) = kept
+    assert head.scope.keys() == {
+        *("type", "asgi", "http_version", "method", "root_path", "path", "raw_path", "query_string", "headers")
+    }
+    assert len(head.notes) == 1
+
+
 LINES = (
     "Host: front",
     "Host: other",
