@@ -12,8 +12,9 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from moe_forward.api.bounded import ConnectionLimits
 from moe_forward.api.buffers import Buffers
-from moe_forward.api.connections import Connection, ConnectionLimits
+from moe_forward.api.connections import Connection
 from moe_forward.api.heads import Heads
 from moe_forward.api.tensor_paths import is_tensor_path
 from moe_forward.config import Config
