@@ -27,7 +27,7 @@ DEEPEP_WORKSPACE_BYTES = 16 * MIB
 STAGING_BYTES = 512 * MIB  # weights on their way to a GPU ahead of their layer, and temporaries of packing one expert
 
 GRAPH_TOKENS = 512  # up to so many a step is a graph, by default
-GRAPHS_OF_A_LAYER = 44  # token counts up to that, with and without shared experts, with and without phase times
+GRAPHS_OF_A_LAYER = 55  # 11 token counts up to that: the intake, and with and without shared experts and phase times
 GRAPH_BYTES = MIB  # some thirty kernels with their arguments
 GRAPH_POOL_FACTOR = 2  # memory of all graphs over that of the largest: blocks of different sizes share it badly
 

@@ -103,7 +103,7 @@ def main() -> int:
         options.out.write_text(json.dumps(document, indent=1))
 
     started = time.monotonic()
-    with closing(Service(options.folder, options.ranks, config, START_SECONDS)) as service:
+    with closing(Service(options.folder, options.ranks, config, START_SECONDS, keeps_freed=True)) as service:
         service.wait_ready()
         document["start_seconds"] = time.monotonic() - started
         document["ranks"] = service.get("/v1/ranks").json()["ranks"]

@@ -320,14 +320,3 @@ def test_memory_of_a_finished_step_is_used_again_while_the_next_one_runs(
     detach(slabs[0], device)
     rank.close()
     desk.slab.close()
-
-
-@pytest.mark.gpu
-def test_routing_on_a_gpu_has_the_bits_of_routing_on_a_cpu() -> None:
-    from moe_forward.router import Router
-
-    layers, spec = make_layers(ON_GPU), ON_GPU.spec
-    hidden = torch.randn(300, spec.hidden_size, generator=torch.Generator().manual_seed(0))
-    cpu = Router(spec, layers, torch.device("cpu")).by_hidden(LAYER, hidden)
-    gpu = Router(spec, layers, torch.device("cuda")).by_hidden(LAYER, hidden.cuda())
-    assert all(torch.equal(one, other.cpu()) for one, other in zip(cpu, gpu, strict=True))

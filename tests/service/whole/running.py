@@ -37,6 +37,8 @@ class Service:
     model: checkpoint folder, or synthetic:NAME. ranks: how many; None: the service's own choice.
     config: further keys of the configuration document. start_seconds: until it must be ready.
     environment: further variables. runner: a command line that runs the one behind it.
+    keeps_freed: leave it to the allocator what becomes of freed buffers, as in production, where time is measured;
+        otherwise they go back to the system at once, so that what stays is a leak.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Service:
         start_seconds: float = START_SECONDS,
         environment: Mapping[str, str] | None = None,
         runner: Sequence[str] = (),
+        keeps_freed: bool = False,
     ) -> None:
         self._start_seconds = start_seconds
         # A short folder: AF_UNIX paths, Ray's too, have room for 107 bytes.
@@ -54,12 +57,11 @@ class Service:
         self.mark = uuid.uuid4().hex
         document = {"model": str(model), "ranks": ranks, "port": 0, "metrics_port": 0, **(config or {})}
         (self.folder / "config.json").write_text(json.dumps(document))
-        # Freed buffers of a step go back at once instead of to the allocator's lists: what stays is a leak.
         variables = {
             **os.environ,
             **(environment or {}),
             "TMPDIR": str(self.folder),
-            "MALLOC_MMAP_THRESHOLD_": "131072",
+            **({} if keeps_freed else {"MALLOC_MMAP_THRESHOLD_": "131072"}),
             MARK: self.mark,
         }
         variables.pop("RAY_TMPDIR", None)
