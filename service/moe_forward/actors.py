@@ -31,12 +31,12 @@ class EngineProcess:
         socket_path: Path,
         limits: BatchLimits,
         step_timeout_seconds: float,
-        rank_silence_seconds: float,
+        silence_seconds: float,
         poll_seconds: float,
     ) -> None:
         """Serve until killed."""
         loop = asyncio.SelectorEventLoop(PollingSelector(poll_seconds))
-        serving = run_engine(listen(socket_path), limits, step_timeout_seconds, rank_silence_seconds)
+        serving = run_engine(listen(socket_path), limits, step_timeout_seconds, silence_seconds)
         loop.run_until_complete(serving)
 
 

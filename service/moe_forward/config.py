@@ -103,7 +103,9 @@ class Config(BaseModel):
     )
     max_request_tokens: int = Field(4096, ge=1, le=1 << 20, description="Rows of one request at most.")
     max_body_bytes: int = Field(256 * MIB, ge=1024, description="Request body at most.")
-    max_json_bytes: int = Field(1 * MIB, ge=1024, description="Request body in application/json at most.")
+    max_json_bytes: int = Field(
+        1 * MIB, ge=1024, description="Request body in JSON at most; a JSON reply has at most half as many numbers."
+    )
     max_queue_requests: int = Field(
         1024, ge=1, description="Requests waiting at most, and a quarter more of clients with few; else 429."
     )
@@ -128,8 +130,12 @@ class Config(BaseModel):
     )
     max_header_bytes: int = Field(32768, ge=1024, le=1 << 20, description="Request line and headers at most.")
     step_timeout_seconds: float = Field(120.0, gt=0, description="A step that takes longer means a lost rank group.")
-    rank_silence_seconds: float = Field(
-        10.0, ge=1, le=600, description="A rank whose process gives no sign of life for so long is lost, and its group."
+    silence_seconds: float = Field(
+        10.0,
+        ge=1,
+        le=600,
+        description="A rank (and its group), the engine or one of several front ends that gives no sign of life for so "
+        "long is taken for lost, and replaced.",
     )
     start_timeout_seconds: float = Field(600.0, gt=0, description="The process ends when ranks are not ready by then.")
     drain_timeout_seconds: float = Field(30.0, ge=0, description="Longest wait for requests in flight on SIGTERM.")

@@ -21,8 +21,9 @@ from moe_forward.batcher import IN_TIME_PART, Batcher, BatchLimits, Queued
 from moe_forward.channel import AsyncChannel, same_user
 from moe_forward.datagrams import ENGINE_DECODERS
 from moe_forward.errors import ErrorCode
-from moe_forward.heartbeat import SilenceWatch
+from moe_forward.heartbeat import SilenceWatch, keep_beating
 from moe_forward.messages import (
+    Alive,
     Announce,
     Cancel,
     FrontHello,
@@ -50,19 +51,17 @@ class Engine:
     """Queues requests, forms steps, sends them to the ranks of the current group and answers the front ends.
 
     limits: of the queue, of a step and of steps in flight. step_timeout_seconds: a step that takes longer, from when it
-        could begin, loses the group. rank_silence_seconds: so does a rank that says nothing for so long; None: nobody
-        listens for heartbeats.
+        could begin, loses the group. silence_seconds: so does a rank that says nothing for so long, and so long the
+        engine itself is never silent; None: nobody listens for signs of life.
     """
 
-    def __init__(
-        self, limits: BatchLimits, step_timeout_seconds: float, rank_silence_seconds: float | None = None
-    ) -> None:
+    def __init__(self, limits: BatchLimits, step_timeout_seconds: float, silence_seconds: float | None = None) -> None:
         self._batcher = Batcher(limits)
         self._steps = StepsInFlight(limits, self._batcher.pace)
         self._alarm = Alarm(self._pump)
         self._watchdog = Watchdog(lambda: self._steps.began_seconds, step_timeout_seconds, self._stalled)
         self._step_timeout_seconds = step_timeout_seconds
-        self._silence = SilenceWatch(rank_silence_seconds, self._silent)
+        self._silence = SilenceWatch(silence_seconds, self._silent)
         self._channels: set[AsyncChannel] = set()
         self._ranks = Ranks()
         self._fronts = Fronts(self._ranks)
@@ -77,6 +76,9 @@ class Engine:
         """Accept front ends and ranks until cancelled, then hang up on all of them."""
         loop = asyncio.get_running_loop()
         listener.setblocking(False)
+        beating = None
+        if self._silence.silence_seconds is not None:
+            beating = loop.create_task(keep_beating(lambda: self._fronts.tell(Alive()), self._silence.silence_seconds))
         try:
             while True:
                 sock, _ = await loop.sock_accept(listener)
@@ -87,6 +89,8 @@ class Engine:
                     log.warning("refused a connection from another user")
                     sock.close()
         finally:
+            if beating is not None:
+                beating.cancel()
             self._hang_up()
 
     def _hang_up(self) -> None:
@@ -349,8 +353,8 @@ async def run_engine(
     listener: socket.socket,
     limits: BatchLimits,
     step_timeout_seconds: float,
-    rank_silence_seconds: float | None = None,
+    silence_seconds: float | None = None,
 ) -> None:
     """Serve `listener` until the task is cancelled. See `Engine`."""
     with contextlib.closing(listener):
-        await Engine(limits, step_timeout_seconds, rank_silence_seconds).serve(listener)
+        await Engine(limits, step_timeout_seconds, silence_seconds).serve(listener)

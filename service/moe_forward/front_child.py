@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from moe_forward.channel import AsyncChannel
 from moe_forward.front_task import FrontTask
+from moe_forward.heartbeat import SilenceWatch
 from moe_forward.messages import Message, TakeConnection
 
 END_SECONDS = 5.0
@@ -22,7 +23,8 @@ END_SECONDS = 5.0
 class FrontChild:
     """One process, made by `start_child`.
 
-    ended: it has hung up. up: it serves. connections, handed: see `Taker`. last_word: why it failed.
+    silence: kills it when it gives no sign of life. ended: it has hung up. up: it serves. connections, handed: see
+    `Taker`. last_word: why it failed.
     inflight: forwards it is serving, None while it was asked and has not answered.
     asks: it wants to know what the others are serving.
     """
@@ -30,6 +32,7 @@ class FrontChild:
     number: int
     process: subprocess.Popen[bytes]
     channel: AsyncChannel
+    silence: SilenceWatch
     ended: asyncio.Event
     up: bool = False
     connections: int = 0
@@ -55,6 +58,7 @@ class FrontChild:
 
     def close(self) -> None:
         """End the process, if it has not ended by itself, and hang up."""
+        self.silence.stop()
         self.process.kill()
         self.process.wait()
         self.channel.close()
@@ -82,12 +86,20 @@ def start_child(
         pipe.write(task.to_json())
     ended = asyncio.Event()
 
+    silence_seconds = task.config.silence_seconds
+
     def hung_up(channel: AsyncChannel) -> None:
         child.up = False
+        silence.stop()
         ended.set()
 
+    def silent(numbers: list[int]) -> None:
+        child.last_word = f"no sign of life for {silence_seconds:g} s"
+        process.kill()
+
     channel = AsyncChannel(ours, lambda _, message, fds: on_message(child, message, fds), hung_up)
-    child = FrontChild(task.number, process, channel, ended)
+    silence = SilenceWatch(silence_seconds, silent)
+    child = FrontChild(task.number, process, channel, silence, ended)
     return child
 
 

@@ -27,8 +27,10 @@ from moe_forward.errors import ErrorCode, ForwardError, MoEForwardError
 from moe_forward.front import Front, load_tls
 from moe_forward.front_samples import read_samples
 from moe_forward.front_task import FrontTask
+from moe_forward.heartbeat import keep_beating
 from moe_forward.link import EngineLink
 from moe_forward.messages import (
+    Alive,
     ConnectionGone,
     Drain,
     FrontFailed,
@@ -100,6 +102,7 @@ async def serve(task: FrontTask, sock: socket.socket) -> None:
     if http.done():
         await http  # raises what kept it from serving
     control.send(FrontUp())
+    beating = asyncio.create_task(keep_beating(lambda: control.send(Alive()), task.config.silence_seconds))
     samples = asyncio.create_task(control.send_samples())
     stopped = asyncio.create_task(control.stopped.wait())
     await asyncio.wait([http, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -107,6 +110,7 @@ async def serve(task: FrontTask, sock: socket.socket) -> None:
     front.end()
     await http
     await front.close()
+    beating.cancel()
     samples.cancel()
     control.close()
 

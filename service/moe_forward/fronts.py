@@ -18,6 +18,7 @@ from moe_forward.front_samples import MergedSamples
 from moe_forward.front_task import FrontTask
 from moe_forward.link import EngineLink
 from moe_forward.messages import (
+    Alive,
     ConnectionGone,
     Drain,
     FrontFailed,
@@ -67,7 +68,7 @@ class Fronts:
         self._task = replace(task, config=task.config.model_copy(update={"max_connections": share}))
         self._count = count
         self._merged = merged
-        self.link = EngineLink(task.socket_path, Slab(NO_SLAB_BYTES))
+        self.link = EngineLink(task.socket_path, Slab(NO_SLAB_BYTES), silence_seconds=task.config.silence_seconds)
         self._reports = Reports(self.link, task.spec.name, metrics, self if task.config.trace_endpoint else None)
         self._program = program
         self._children: dict[int, FrontChild] = {}
@@ -189,7 +190,9 @@ class Fronts:
     def _on_message(self, child: FrontChild, message: Message, fds: list[int]) -> None:
         for fd in fds:
             os.close(fd)  # front ends pass none
-        if isinstance(message, ConnectionGone):
+        if isinstance(message, Alive):
+            child.silence.heard(child.number)
+        elif isinstance(message, ConnectionGone):
             child.connections -= 1
             self._acceptor.resume()
         elif isinstance(message, FrontSamples):
@@ -210,6 +213,7 @@ class Fronts:
 
     def _is_up(self, child: FrontChild) -> None:
         child.up = True
+        child.silence.watch((child.number,))
         self._served.add(child.number)
         log.info("front end %d serves (process %d)", child.number, child.process.pid)
         if len(self._served) == self._count:

@@ -1,7 +1,9 @@
-"""Signs of life: a rank's process sends one now and then, and the engine notices which rank has gone silent.
+"""Signs of life: ranks send one to the engine now and then, the engine and front ends to the service's process, and who
+hears them notices who has gone silent.
 
 A closed socket tells of a dead process at once. Of one that is stopped, swapped out or stuck in a driver call it tells
-nothing; without heartbeats, only the next step's timeout would.
+nothing; without heartbeats a stopped rank would be noticed by the next step's timeout, and its clients would wait for a
+stopped front end for ever.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from contextlib import contextmanager, suppress
 from moe_forward.errors import ChannelClosed
 
 BEATS = 5
-"""Heartbeats of a rank in the time after which its silence means that it is lost."""
+"""Signs of life in the time after which silence means that a process is lost."""
 
 JOIN_SECONDS = 1.0
+AGAIN_SECONDS = 0.02
+"""Between two looks: uvloop calls timers before it reads sockets, so after a pause the first may be too early."""
 
 
 class Heartbeats:
-    """When each rank of a group was last heard; all times are of one clock, in seconds.
+    """When each of some processes was last heard, by number; all times are of one clock, in seconds.
 
-    silence_seconds: a rank that was not heard for so long is silent.
+    silence_seconds: who was not heard for so long is silent.
     """
 
     def __init__(self, silence_seconds: float) -> None:
@@ -36,26 +40,26 @@ class Heartbeats:
         """When to call `silent` next; infinite while nobody is watched."""
         return self._look_at
 
-    def watch(self, ranks: Iterable[int], now: float) -> None:
-        """Watch these ranks instead of any others; they count as heard."""
-        self._heard = dict.fromkeys(ranks, now)
+    def watch(self, numbers: Iterable[int], now: float) -> None:
+        """Watch these instead of any others; they count as heard."""
+        self._heard = dict.fromkeys(numbers, now)
         self._look_at = now + self._silence_seconds if self._heard else math.inf
 
-    def heard(self, rank: int, now: float) -> None:
-        """Take note of a sign of life; of a rank that is not watched it means nothing."""
-        if rank in self._heard:
-            self._heard[rank] = now
+    def heard(self, number: int, now: float) -> None:
+        """Take note of a sign of life; of one that is not watched it means nothing."""
+        if number in self._heard:
+            self._heard[number] = now
 
     def silent(self, now: float) -> list[int]:
-        """Return the ranks that are silent, ascending, and settle when to look next.
+        """Return who is silent, ascending, and settle when to look next.
 
         Who looks much later than he meant to was away himself (stopped, starved, a machine that was moved), and may not
-        have read what the ranks sent meanwhile: he judges nobody, and starts anew.
+        have read what was sent meanwhile: he judges nobody, and starts anew.
         """
         if now > self._look_at + self._silence_seconds / BEATS:
             self.watch(self._heard, now)
             return []
-        silent = sorted(rank for rank, heard in self._heard.items() if now - heard >= self._silence_seconds)
+        silent = sorted(number for number, heard in self._heard.items() if now - heard >= self._silence_seconds)
         self._look_at = min(self._heard.values(), default=math.inf) + self._silence_seconds
         return silent
 
@@ -63,27 +67,27 @@ class Heartbeats:
 class SilenceWatch:
     """`Heartbeats` on the asyncio loop that runs.
 
-    silence_seconds: see there; None: nobody is watched. on_silence: called with the ranks that are silent, which ends
-        the watch.
+    silence_seconds: see there; None: nobody is watched. on_silence: called with who is silent, which ends the
+        watch.
     """
 
     def __init__(self, silence_seconds: float | None, on_silence: Callable[[list[int]], None]) -> None:
         self.silence_seconds = silence_seconds
         self._heartbeats = Heartbeats(math.inf if silence_seconds is None else silence_seconds)
         self._on_silence = on_silence
-        self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self, ranks: Iterable[int]) -> None:
-        """Watch these ranks instead of any others."""
+    def watch(self, numbers: Iterable[int]) -> None:
+        """Watch these instead of any others, on the loop that runs."""
+        self._loop = asyncio.get_running_loop()
         self.stop()
-        self._heartbeats.watch(ranks, self._loop.time())
+        self._heartbeats.watch(numbers, self._loop.time())
         self._set_timer()
 
-    def heard(self, rank: int) -> None:
+    def heard(self, number: int) -> None:
         """Take note of a sign of life."""
         if self._timer is not None:
-            self._heartbeats.heard(rank, self._loop.time())
+            self._heartbeats.heard(number, self._loop.time())
 
     def stop(self) -> None:
         """Watch nobody any more."""
@@ -96,8 +100,10 @@ class SilenceWatch:
             self._timer = self._loop.call_at(self._heartbeats.look_at, self._look)
 
     def _look(self) -> None:
+        self._timer = self._loop.call_later(AGAIN_SECONDS, self._judge)
+
+    def _judge(self) -> None:
         self._timer = None
-        # The loop reads sockets before it calls timers, so what was sent in time has been heard.
         silent = self._heartbeats.silent(self._loop.time())
         if silent:
             self._on_silence(silent)
@@ -126,3 +132,10 @@ def beating(send: Callable[[], None], silence_seconds: float) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(JOIN_SECONDS)  # it may wait to send to an engine that is stopped; the process ends without it
+
+
+async def keep_beating(send: Callable[[], None], silence_seconds: float) -> None:
+    """Call `send` from the loop that runs, `BEATS` times in `silence_seconds`, for ever."""
+    while True:
+        await asyncio.sleep(silence_seconds / BEATS)
+        send()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_forward.messages import (
+    Alive,
     Announce,
     AttachSlab,
     Cancel,
@@ -90,6 +91,7 @@ CODECS: dict[type[Any], tuple[int, Callable[[Any], bytes], Callable[[memoryview]
     AttachSlab: (13, _pack_json, _from_json(AttachSlab)),
     DetachSlab: (14, _pack_json, _from_json(DetachSlab)),
     Heartbeat: (16, _pack_json, _from_json(Heartbeat)),
+    Alive: (41, _pack_json, _from_json(Alive)),
     FrontUp: (32, _pack_json, _from_json(FrontUp)),
     FrontFailed: (33, _pack_json, _from_json(FrontFailed)),
     TakeConnection: (34, _pack_json, _from_json(TakeConnection)),

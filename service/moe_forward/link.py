@@ -12,7 +12,8 @@ from pathlib import Path
 from moe_forward.answers import results_in
 from moe_forward.channel import AsyncChannel, connect
 from moe_forward.errors import ErrorCode
-from moe_forward.messages import Announce, Cancel, FrontHello, FrontWelcome, Message, Released, StepAnswers
+from moe_forward.heartbeat import SilenceWatch
+from moe_forward.messages import Alive, Announce, Cancel, FrontHello, FrontWelcome, Message, Released, StepAnswers
 from moe_forward.polling import Awake
 from moe_forward.slab import Slab
 from moe_forward.types import EngineStatus, ForwardRequest, ForwardResult, QueueReport, StepReport
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.05
 LOST_RETRY_AFTER_SECONDS = 2.0
+_ENGINE = 0
+"""Its number in a watch that has nobody else."""
 
 
 class EngineLink:
@@ -29,12 +32,21 @@ class EngineLink:
     slab: this front end's memory, announced to the engine on every connection.
     wants_reports: False where another front end of the service is told of steps and of the queue.
     poll_seconds: how long the loop does not sleep after a request or a message (`moe_forward.polling`).
+    silence_seconds: an engine that gives no sign of life for so long is taken for gone; None: who started it does that.
     status: the engine as it last described itself. on_status, on_report: called with each status and finished step.
     on_queue: called with what waits in the engine, after it has changed.
     """
 
-    def __init__(self, socket_path: Path, slab: Slab, wants_reports: bool = True, poll_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        socket_path: Path,
+        slab: Slab,
+        wants_reports: bool = True,
+        poll_seconds: float = 0.0,
+        silence_seconds: float | None = None,
+    ) -> None:
         self.slab = slab
+        self._silence = SilenceWatch(silence_seconds, self._silent)
         self._awake = Awake(poll_seconds)
         self._wants_reports = wants_reports
         self.front = 0
@@ -136,6 +148,8 @@ class EngineLink:
             self._awake.touch()
         elif isinstance(message, StepReport):
             self.on_report(message)
+        elif isinstance(message, Alive):
+            self._silence.heard(_ENGINE)
         elif isinstance(message, QueueReport):
             self.on_queue(message)
         elif isinstance(message, EngineStatus):
@@ -148,12 +162,21 @@ class EngineLink:
             self.front = message.front
             self._release_all()
             self._welcomed = True
+            self._silence.watch((_ENGINE,))
             if self._announced is not None:
                 channel.send(self._announced)
         else:
             log.warning("the engine sent a %s, which front ends do not take", type(message).__name__)
 
+    def _silent(self, numbers: list[int]) -> None:
+        log.error("no sign of life from the engine for %g s", self._silence.silence_seconds)
+        if self._channel is not None:
+            channel = self._channel
+            channel.close()
+            self._on_close(channel)
+
     def _on_close(self, channel: AsyncChannel) -> None:
+        self._silence.stop()
         self._channel = None
         self._welcomed = False
         self._gone.set()

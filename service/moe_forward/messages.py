@@ -155,6 +155,11 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """Engine to front end, and front process to the service's, now and then: my loop turns."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttachSlab:
     """Engine to rank, with the descriptor: requests of `front` lie in this memory."""
 
@@ -255,6 +260,7 @@ Message: TypeAlias = (
     | Announce
     | RankHello
     | Heartbeat
+    | Alive
     | AttachSlab
     | DetachSlab
     | FrontUp

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe_forward.channel import AsyncChannel
 from moe_forward.datagrams import pack
 from moe_forward.messages import (
+    Alive,
     AttachSlab,
     DetachSlab,
     FrontHello,
@@ -128,10 +129,10 @@ class Fronts:
     def _first_to_tell(self) -> _Front | None:
         return next((front for front in self._fronts.values() if front.wants_reports), None)
 
-    def tell(self, status: EngineStatus) -> None:
-        """Send the engine's status to every front end."""
+    def tell(self, message: EngineStatus | Alive) -> None:
+        """Send the engine's status, or that it is there, to every front end."""
         for front in self._fronts.values():
-            front.channel.send(status)
+            front.channel.send(message)
 
     def close(self) -> None:
         """Close the slabs' descriptors."""

@@ -87,7 +87,7 @@ class Actors:
         path.unlink(missing_ok=True)
         self._engine = EngineActor.options(name=f"engine-{generation}", scheduling_strategy=this_node()).remote()
         rank = self._setup.rank
-        times = (rank.step_timeout_seconds, rank.rank_silence_seconds, rank.poll_seconds)
+        times = (rank.step_timeout_seconds, rank.silence_seconds, rank.poll_seconds)
         run = self._engine.run.remote(path, self._setup.limits, *times)
         self._runs = {ENGINE: asyncio.wrap_future(run.future())}
 

@@ -78,7 +78,7 @@ def run_rank(setup: RankSetup) -> None:
     try:
         channel, message, fds = _meet_engine(setup, hello)
         beat = partial(channel.send, Heartbeat(setup.generation, setup.rank))
-        with contextlib.closing(channel), beating(beat, setup.rank_silence_seconds):
+        with contextlib.closing(channel), beating(beat, setup.silence_seconds):
             RankLoop(channel, rank, setup.rank, device, setup.poll_seconds).serve(message, fds)
     except ChannelClosed:
         log.info("rank %d: the engine hung up", setup.rank)

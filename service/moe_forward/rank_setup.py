@@ -43,7 +43,7 @@ class RankSetup:
     on_load_scales: of experts that are quantized while loading, as `moe-forward quantize --scales` takes them.
     host: this host's address towards the other ranks. gateway: where to reach an engine of another host.
     missing: ids of experts that nobody in the group holds.
-    rank_silence_seconds: after which the engine takes a rank for lost that sends no heartbeat.
+    silence_seconds: after which the engine takes a rank for lost that sends no heartbeat.
     poll_seconds: how long engine and ranks look for a message before they sleep.
     """
 
@@ -69,7 +69,7 @@ class RankSetup:
     host: str = LOOPBACK
     gateway: Address | None = None
     missing: tuple[int, ...] = ()
-    rank_silence_seconds: float = 10.0
+    silence_seconds: float = 10.0
     poll_seconds: float = 0.0
 
     @property

@@ -97,7 +97,12 @@ async def _serve(
     # After Ray: it forks to start its processes, and a front end's tracer has a thread.
     path = setup.rank.socket_path
     if merged is None:
-        link = EngineLink(path, Slab(config.slab_bytes), poll_seconds=setup.rank.poll_seconds)
+        link = EngineLink(
+            path,
+            Slab(config.slab_bytes),
+            poll_seconds=setup.rank.poll_seconds,
+            silence_seconds=config.silence_seconds,
+        )
         fronts: Front | Fronts = Front(config, spec, link, metrics, admin_token, load_tls(config), [listener])
     else:
         log.info("%d front ends with %.2f GB of shared memory each", config.frontends, config.slab_bytes / 1e9)
@@ -180,7 +185,7 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         max_graph_tokens=config.max_graph_tokens,
         phase_sample_steps=config.phase_sample_steps,
         step_timeout_seconds=config.step_timeout_seconds,
-        rank_silence_seconds=config.rank_silence_seconds,
+        silence_seconds=config.silence_seconds,
         start_timeout_seconds=config.start_timeout_seconds,
         expert_metrics=config.expert_metrics,
         on_load_scales=config.on_load_scales,

@@ -75,7 +75,8 @@ def serve_engine(path: Path, max_wait_us: int, poll_us: int) -> None:
         max_queue_tokens=config.max_queue_tokens,
     )
     loop = asyncio.SelectorEventLoop(PollingSelector(poll_us * 1e-6))
-    loop.run_until_complete(run_engine(listen(path), limits, config.step_timeout_seconds))
+    serving = run_engine(listen(path), limits, config.step_timeout_seconds, config.silence_seconds)
+    loop.run_until_complete(serving)
 
 
 def serve_front(

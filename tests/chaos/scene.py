@@ -28,6 +28,7 @@ class Scene:
     """A service under load. model: what it serves. undo: called when the trial has ended, last first.
 
     notes: what the fault wants to say of this trial. struck: when it happened, monotonic seconds.
+    whole: when what was lost had been replaced, where the fault itself looks for that.
     """
 
     service: Service
@@ -35,6 +36,7 @@ class Scene:
     undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     notes: list[str] = field(default_factory=list)
     struck: float = 0.0
+    whole: float | None = None
 
     def now(self) -> None:
         """Say that the fault happens at this moment: until then it was being prepared."""
@@ -56,8 +58,8 @@ class Fault:
     """Something that goes wrong.
 
     strike: does it; returns when it is done or in place. config: of the service that it happens to.
-    after: lost: the group is lost, and comes back; unharmed: every request is answered; either: one of these; ended:
-        the service ends.
+    after: lost: the group is lost, and comes back; cut: some connections end, all other requests are answered;
+        unharmed: every request is answered; either: lost or unharmed; ended: the service ends.
     start: how that service is started. exit_status: with which the service ends; None: it was killed.
     hold_seconds: how long the load goes on where nothing is to be noticed.
     unavailable: why it cannot be done here, or None.
@@ -67,7 +69,7 @@ class Fault:
     name: str
     strike: Callable[[Scene], Awaitable[None]]
     about: str
-    after: Literal["lost", "unharmed", "either", "ended"] = "lost"
+    after: Literal["lost", "cut", "unharmed", "either", "ended"] = "lost"
     config: Mapping[str, Any] = field(default_factory=dict)
     start: Start = on_one_host
     exit_status: int | None = None

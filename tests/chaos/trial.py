@@ -79,6 +79,9 @@ async def run_trial(fault: Fault, scene: Scene, questions: Sequence[Question]) -
                 await asyncio.sleep(fault.hold_seconds)
                 if fault.after == "either":
                     await _until_answering(load.ledger, watch, scene.struck, result)
+                if fault.after == "cut":
+                    result.detected = _first_notice(load.ledger, watch, scene.struck)
+                    result.recovered = None if scene.whole is None else scene.whole - scene.struck
             if fault.after != "ended":
                 await asyncio.sleep(LOAD_SECONDS)
         finally:
@@ -149,12 +152,12 @@ def _judge(fault: Fault, ledger: Ledger, watch: Watch, result: Result) -> None:
     result.counts, result.codes = ledger.counts(), ledger.codes()
     never = [Outcome.WRONG, Outcome.BROKEN, Outcome.LOST]
     if fault.after != "ended":
-        never += [Outcome.CUT, Outcome.UNCONNECTED]
+        never += [Outcome.UNCONNECTED] if fault.after == "cut" else [Outcome.CUT, Outcome.UNCONNECTED]
     elif fault.exit_status is not None:  # it ended in order: whom it let in it answered
         never.append(Outcome.CUT)
-    if fault.after == "unharmed":
+    if fault.after in ("unharmed", "cut"):
         never.append(Outcome.REFUSED)
-        if watch.changes:
+        if fault.after == "unharmed" and watch.changes:
             result.problems.append("it was not ready for a while")
     result.problems += ledger.worst(*never)
     if not result.counts["right"]:

@@ -26,7 +26,7 @@ def test_settings_that_are_named_exist_and_have_the_defaults_that_are_named() ->
     assert named - fields - series <= set(Config.model_fields)
     assert "on_rank_loss" in named
     config = Config()
-    for key in ("rank_silence_seconds", "step_timeout_seconds"):
+    for key in ("silence_seconds", "step_timeout_seconds"):
         assert f"`{key}` ({getattr(config, key):g})" in PAGE
     assert f"`max_rank_restarts` times within an hour ({config.max_rank_restarts})" in PAGE
     assert config.on_rank_loss == "fail"

@@ -27,7 +27,7 @@ from moe_forward.types import GateSpec, ModelSpec
 from moe_forward.wire import Encoding, WireLimits, WireRequest, oip, plain_json, safetensors
 
 SPEC = ModelSpec("tiny", 8, 128, 4, 2, 128, (1, 2, 3), 128, GateSpec("softmax"))
-LIMITS = WireLimits(SPEC, 16, 600.0)
+LIMITS = WireLimits(SPEC, 16, 600.0, 1 << 19)
 
 
 def fuzz_safetensors(data: bytes) -> None:

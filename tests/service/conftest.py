@@ -132,9 +132,9 @@ class FakeRank:
 class Front:
     """A front end: a slab, a link, and requests whose rows say who they are."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, silence_seconds: float | None = None) -> None:
         self.slab = Slab(1 << 20)
-        self.link = EngineLink(path, self.slab)
+        self.link = EngineLink(path, self.slab, silence_seconds=silence_seconds)
         self.reports: list[StepReport] = []
         self.statuses: list[EngineStatus] = []
         self._changed = asyncio.Event()
@@ -210,13 +210,13 @@ class Pool:
         self.path = folder / "engine.sock"
         self.limits = BatchLimits(64, 16, 0.0, 8, 1000)
         self.step_timeout_seconds = 60.0
-        self.rank_silence_seconds: float | None = None
+        self.silence_seconds: float | None = None
         self.ranks: list[FakeRank] = []
         self.fronts: list[Front] = []
         self._engine: asyncio.Task[None] | None = None
 
     def start_engine(self) -> None:
-        serving = run_engine(listen(self.path), self.limits, self.step_timeout_seconds, self.rank_silence_seconds)
+        serving = run_engine(listen(self.path), self.limits, self.step_timeout_seconds, self.silence_seconds)
         self._engine = asyncio.create_task(serving)
 
     async def stop_engine(self) -> None:
@@ -225,8 +225,8 @@ class Pool:
             await asyncio.gather(self._engine, return_exceptions=True)
             self._engine = None
 
-    async def add_front(self) -> Front:
-        front = Front(self.path)
+    async def add_front(self, silence_seconds: float | None = None) -> Front:
+        front = Front(self.path, silence_seconds)
         self.fronts.append(front)
         seen = len(front.statuses)
         front.link.start()

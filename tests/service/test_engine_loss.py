@@ -147,7 +147,7 @@ async def test_a_hung_rank_is_given_up_and_its_late_result_changes_nothing(pool:
 
 
 async def test_a_rank_that_gives_no_sign_of_life_is_lost_long_before_its_step_is_late(pool: Pool, gate: Gate) -> None:
-    pool.rank_silence_seconds = 1.0
+    pool.silence_seconds = 1.0
     front = await pool.start(gate, gate)
     running = front.send(front.request())
     beaten_seconds = 0.0
@@ -164,6 +164,26 @@ async def test_a_rank_that_gives_no_sign_of_life_is_lost_long_before_its_step_is
     assert (result.code, result.held) == (ErrorCode.RANK_LOST, True)
     assert result.message == "no sign of life from rank 0 for 1 s"
     assert [info.state for info in front.link.status.ranks] == ["lost", "ready"]
+
+
+async def test_an_engine_that_gives_no_sign_of_life_is_taken_for_gone(pool: Pool, gate: Gate) -> None:
+    pool.silence_seconds = None  # so this one gives none
+    pool.start_engine()
+    front = await pool.add_front(silence_seconds=2.0)
+    await pool.add_group(front, 1, gate)
+    result = await front.forward(front.request())
+    assert (result.code, result.held) == (ErrorCode.RANK_LOST, True)
+    gone = [status for status in front.statuses if status.lost]
+    assert [status.generation for status in gone] == [0], "as when its process has died"
+    gate.open()
+
+
+async def test_an_engine_at_rest_gives_signs_of_life(pool: Pool) -> None:
+    pool.silence_seconds = 1.0
+    pool.start_engine()
+    front = await pool.add_front(silence_seconds=1.0)
+    await asyncio.sleep(2.5)
+    assert not any(status.lost for status in front.statuses)
 
 
 async def test_a_new_generation_serves_again(pool: Pool) -> None:

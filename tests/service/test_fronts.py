@@ -27,6 +27,7 @@ from moe_forward.errors import StartError
 from moe_forward.front_samples import MergedSamples
 from moe_forward.front_task import FrontTask
 from moe_forward.fronts import PROGRAM, Fronts
+from moe_forward.heartbeat import keep_beating
 from moe_forward.messages import Announce
 from moe_forward.metrics import Metrics
 from moe_forward.types import GateSpec, ModelSpec
@@ -63,7 +64,7 @@ class Served:
         scheme = "https" if "tls_certificate_file" in config else "http"
         self.url = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
         registry = CollectorRegistry()
-        settings = Config(**{"slab_bytes": 1 << 20, "log_format": "json", **config})
+        settings = Config(**{"slab_bytes": 1 << 20, "log_format": "json", "silence_seconds": 600, **config})
         metrics = Metrics(registry, tracing=settings.trace_endpoint is not None)
         self.merged = MergedSamples(registry)
         task = FrontTask(0, settings, SPEC, pool.path, TOKEN, draining=False)
@@ -118,10 +119,12 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 @pytest.fixture
 async def serve(pool: Pool) -> AsyncIterator[Callable[..., Served]]:
-    pool.start_engine()
     made: list[Served] = []
 
     def start(count: int = 2, program: tuple[str, ...] = PROGRAM, **config: Any) -> Served:
+        if not made:
+            pool.silence_seconds = config.get("silence_seconds")
+            pool.start_engine()
         made.append(Served(pool, count, program, **config))
         return made[-1]
 
@@ -216,6 +219,29 @@ async def test_a_killed_front_end_comes_back_and_draining_one_drains_all(
     for _ in range(2):  # one of them is new
         async with served.client() as client:
             assert (await forward(client)).json()["code"] == "draining"
+
+
+async def test_a_stopped_front_end_is_replaced_and_who_waited_for_it_is_told(
+    pool: Pool, serve: Callable[..., Served], log: pytest.LogCaptureFixture
+) -> None:
+    served = serve(silence_seconds=1)
+    beating = asyncio.create_task(keep_beating(lambda: [rank.beat() for rank in pool.ranks], 1.0))
+    await served.up(None)
+    before = pids(log)
+    async with served.client() as one, served.client() as other:
+        for client in (one, other):
+            assert (await forward(client)).status_code == 200
+        os.kill(before[0], signal.SIGSTOP)
+        waiting = [asyncio.create_task(forward(client)) for client in (one, other)]
+        await until(lambda: "front end 0 is gone: no sign of life for 1 s" in log.text)
+        replies = await asyncio.gather(*waiting, return_exceptions=True)
+        assert sorted(getattr(reply, "status_code", 0) for reply in replies) == [0, 200]
+        assert any(isinstance(reply, httpx.RemoteProtocolError | httpx.ReadError) for reply in replies)
+        await until(lambda: pids(log)[0] != before[0])
+        assert pids(log)[1] == before[1]
+        for client in (one, other):
+            assert (await forward(client)).status_code == 200
+    beating.cancel()
 
 
 async def test_each_front_end_speaks_tls_asks_for_keys_and_takes_its_share_of_connections(

@@ -280,7 +280,7 @@ def test_a_gateway_that_names_memory_that_is_not_there_is_hung_up_on() -> None:
 
 
 async def test_heartbeats_of_a_remote_rank_come_from_the_rank_itself(pool: Pool, door: Door) -> None:
-    pool.rank_silence_seconds = 1.0
+    pool.silence_seconds = 1.0
     pool.start_engine()
     front = await pool.add_front()
     front.link.announce(Announce(1, RANKS, 0))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 import threading
 import time
 
+import uvloop
+
 from moe_forward.errors import ChannelClosed
-from moe_forward.heartbeat import BEATS, Heartbeats, SilenceWatch, beating
+from moe_forward.heartbeat import BEATS, Heartbeats, SilenceWatch, beating, keep_beating
 
 HANG_SECONDS = 20.0
 
@@ -75,6 +78,45 @@ async def test_nobody_is_watched_after_the_watch_was_stopped_or_without_a_limit(
     unlimited.heard(0)
     await asyncio.sleep(0.15)
     assert told == []
+
+
+def test_a_sign_of_life_that_waits_in_a_socket_is_heard_by_a_loop_that_calls_timers_first() -> None:
+    told: list[list[int]] = []
+
+    async def pause_while_it_comes() -> None:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            watch = SilenceWatch(1.0, told.append)
+
+            def hear() -> None:
+                ours.recv(100)
+                watch.heard(0)
+
+            loop.add_reader(ours, hear)
+            watch.watch([0])
+            await asyncio.sleep(0.9)
+            theirs.send(b"alive")
+            time.sleep(0.2)  # past the moment to look, by less than tells of having been away
+            await asyncio.sleep(0.3)
+            loop.remove_reader(ours)
+            watch.stop()
+
+    uvloop.run(pause_while_it_comes())
+    assert told == []
+
+
+async def test_a_loop_that_turns_beats_and_is_never_silent() -> None:
+    told: list[list[int]] = []
+    watch = SilenceWatch(0.5, told.append)
+    watch.watch([0])
+    beating = asyncio.create_task(keep_beating(lambda: watch.heard(0), 0.5))
+    await asyncio.sleep(1.2)
+    assert told == []
+    beating.cancel()
+    await asyncio.sleep(0.8)
+    assert told == [[0]]
 
 
 def heartbeat_threads() -> set[threading.Thread]:

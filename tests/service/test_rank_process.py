@@ -87,7 +87,7 @@ def setup(folder: Path, socket_folder: Path) -> RankSetup:
         phase_sample_steps=1,
         step_timeout_seconds=10.0,
         start_timeout_seconds=HANG_SECONDS,
-        rank_silence_seconds=0.5,
+        silence_seconds=0.5,
     )
 
 

@@ -55,7 +55,9 @@ def create_app(
     availability = Availability(link)
     if reports is None:
         reports = Reports(link, spec.name, metrics, tracer)
-    limits = WireLimits(spec, config.max_request_tokens, config.max_timeout_seconds)
+    # A number takes two bytes of JSON at least, so this is more than a request in JSON could ask for.
+    max_json_values = config.max_json_bytes // 2
+    limits = WireLimits(spec, config.max_request_tokens, config.max_timeout_seconds, max_json_values)
     parts = ForwardParts(config, limits, link, availability, metrics, tracer)
     own = ForwardRoute("/v1/moe/forward", lambda headers: _own_encoding(config, headers), parts)
     oip = ForwardRoute("/v2/models/{model}/infer", lambda headers: _oip_encoding(config, headers), parts)

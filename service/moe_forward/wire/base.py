@@ -19,11 +19,14 @@ class WireLimits:
     """What a request is checked against; one object a front end, told from others by being another.
 
     spec: the served model. max_request_tokens: rows of one request at most. max_timeout_seconds: longest deadline.
+    max_json_values: numbers in a JSON reply at most: to write a million takes a front end a second or more, in which it
+        serves nobody else.
     """
 
     spec: ModelSpec
     max_request_tokens: int
     max_timeout_seconds: float
+    max_json_values: int
 
 
 class WireRequest(NamedTuple):

@@ -59,7 +59,15 @@ def decode(request: WireRequest, limits: WireLimits) -> ForwardCall:
     binary = wants_binary(message.get("outputs"), parameters.get("binary_data_output", False))
     tensors = read_inputs(message.get("inputs"), request.body, end)
     given = collect(request, parameters, typed=True)
-    return forward_call(tensors, given, limits, OipReply(limits.spec.name, request_id, binary))
+    call = forward_call(tensors, given, limits, OipReply(limits.spec.name, request_id, binary))
+    values = call.tokens * limits.spec.hidden_size
+    if not binary and values > limits.max_json_values:
+        raise ForwardError(
+            ErrorCode.TOO_LARGE,
+            f"outputs: expected at most {limits.max_json_values} numbers in a JSON reply, got {values}; ask for "
+            "binary_data_output",
+        )
+    return call
 
 
 def encode(call: ForwardCall, output: memoryview, notes: ReplyNotes) -> WireReply:

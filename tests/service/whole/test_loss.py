@@ -29,8 +29,8 @@ STEP_TIMEOUT_SECONDS = 600.0  # so that a rank that is stopped is noticed by its
 @pytest.fixture(scope="module")
 def fragile(start: Callable[..., Any], tiny: Path) -> Iterator[Service]:
     """A service of its own, since these tests break it."""
-    limits = {"rank_silence_seconds": SILENCE_SECONDS, "step_timeout_seconds": STEP_TIMEOUT_SECONDS}
-    with start(tiny, ranks=2, max_rank_restarts=3, **limits) as running:
+    limits = {"silence_seconds": SILENCE_SECONDS, "step_timeout_seconds": STEP_TIMEOUT_SECONDS}
+    with start(tiny, ranks=2, max_rank_restarts=4, **limits) as running:
         yield running
 
 
@@ -40,6 +40,10 @@ def kill_rank(service: Service) -> None:
 
 def kill_engine(service: Service) -> None:
     os.kill(service.pid_of("ray::EngineProcess"), signal.SIGKILL)
+
+
+def stop_engine(service: Service) -> None:
+    os.kill(service.pid_of("ray::EngineProcess"), signal.SIGSTOP)
 
 
 def stop_rank(service: Service) -> None:
@@ -64,7 +68,7 @@ async def load(service: Service, forwards: list[Forward], expected: list[Tensor]
     return statuses
 
 
-@pytest.mark.parametrize("strike", [kill_rank, kill_engine, stop_rank], ids=lambda strike: strike.__name__)
+@pytest.mark.parametrize("strike", [kill_rank, kill_engine, stop_rank, stop_engine], ids=lambda strike: strike.__name__)
 async def test_under_load_every_request_is_answered_and_the_service_comes_back(
     fragile: Service, local: Local, strike: Callable[[Service], None]
 ) -> None:
@@ -100,7 +104,7 @@ async def test_a_service_that_gave_up_says_that_it_is_not_live_and_ends_with_sig
         await asyncio.sleep(PAUSE_SECONDS)
     reply = fragile.get("/v2/health/live")
     assert reply.status_code == 503
-    assert "gave up after 3 restarts" in reply.json()["error"]
+    assert "gave up after 4 restarts" in reply.json()["error"]
     sent = as_safetensors(Forward(1, torch.ones(1, 256)))
     assert httpx.post(fragile.url + sent.path, headers=sent.headers, content=sent.body).status_code == 503
     assert fragile.terminate() == 0

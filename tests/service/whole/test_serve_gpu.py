@@ -39,7 +39,7 @@ def service(folder: Path) -> Iterator[Service]:
         "phase_sample_steps": 2,
         "start_timeout_seconds": START_SECONDS,
         "served_model_name": NAME,
-        "rank_silence_seconds": 5,
+        "silence_seconds": 5,
     }
     running = Service(MODEL, None, config, START_SECONDS)
     try:

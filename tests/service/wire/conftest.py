@@ -25,7 +25,7 @@ def limits() -> WireLimits:
         group_size=128,
         gate=GateSpec("softmax"),
     )
-    return WireLimits(spec, max_request_tokens=16, max_timeout_seconds=60.0)
+    return WireLimits(spec, max_request_tokens=16, max_timeout_seconds=60.0, max_json_values=1 << 19)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -169,3 +170,19 @@ def test_a_header_length_beside_the_end_of_the_json_is_malformed(shift, make_req
 def test_more_json_than_the_cap_before_binary_tensors_is_too_large(decode_oip, refused):
     text = json.dumps({"inputs": [hidden()]}).encode() + b" " * (1 << 20)
     refused(ErrorCode.TOO_LARGE, [encoding.HEADER_LENGTH, "at most 1048576"], decode_oip, text, DATA)
+
+
+def test_more_numbers_than_a_front_end_has_time_to_write_are_too_large_unless_the_output_is_binary(
+    make_request, limits, refused
+):
+    few = replace(limits, max_json_values=2 * H)
+
+    def decode(tokens, **parameters):
+        message = {"inputs": [hidden(tokens * 2 * H, (tokens, H))], "parameters": {"layer": 3, **parameters}}
+        text = json.dumps(message).encode()
+        headers = {encoding.HEADER_LENGTH: str(len(text))}
+        return encoding.decode(make_request(bytearray(text + tokens * DATA), (), headers, "tiny"), few)
+
+    refused(ErrorCode.TOO_LARGE, ["JSON reply", "at most 512", "got 768", "binary_data_output"], decode, 3)
+    assert decode(2).tokens == 2
+    assert decode(3, binary_data_output=True).tokens == 3
