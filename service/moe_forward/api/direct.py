@@ -117,6 +117,9 @@ class DirectPeer:
 
     def answered(self) -> None:
         """The reply is written; what comes of the body is not wanted any more."""
+        # The scope names the peer, the peer the cycle, and the cycle the scope: a ring that only the garbage collector
+        # would find, which stops the process to look for it.
+        self._cycle.scope.pop("extensions", None)
         if self._body is not None:
             self._body.turn_away()
 

@@ -106,7 +106,8 @@ class ForwardRoute:
         try:
             reply = await self._answer(scope, peer, lease, record)
         except ForwardError as refusal:
-            error = refusal
+            # Its traceback names this frame, which is to name the error: another ring for the garbage collector.
+            error = refusal.with_traceback(None)
         except ClientDisconnected:
             raise
         except Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import socket
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import trustme
+
+from moe_forward.api.direct import DirectPeer
 
 ROWS = 300  # 307 kB: more than a connection's buffer, and than one read
 
@@ -192,3 +195,23 @@ def test_a_client_that_leaves_is_noticed_behind_a_second_request_and_is_no_error
     kit.wait(lambda: front.link.slab.taken_bytes == 0)
     kit.wait(lambda: front.requests(499) == 1)
     assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_no_request_waits_for_the_garbage_collector(front: Any, kit: Any, serve: Any, wire: Any) -> None:
+    """It stops the process, for longer the more there is to look through."""
+
+    def remembered() -> int:
+        return sum(type(thing) is DirectPeer for thing in gc.get_objects())
+
+    narrow = np.ascontiguousarray(kit.states(2)[:, :-1])
+    gc.collect()
+    gc.disable()
+    try:
+        with serve(front).connect() as connection:
+            before = remembered()
+            for states, status in [(kit.states(2), 200), (narrow, 400)] * 20:
+                connection.sendall(ask(kit, wire, states))
+                assert wire.reply(connection)[0] == status
+            kit.wait(lambda: remembered() <= before + 1)
+    finally:
+        gc.enable()
