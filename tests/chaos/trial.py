@@ -151,8 +151,8 @@ def _judge(fault: Fault, ledger: Ledger, watch: Watch, result: Result) -> None:
     """Say what the ledger must not hold after this fault."""
     result.counts, result.codes = ledger.counts(), ledger.codes()
     never = [Outcome.WRONG, Outcome.BROKEN, Outcome.LOST]
-    if fault.after != "ended":
-        never += [Outcome.UNCONNECTED] if fault.after == "cut" else [Outcome.CUT, Outcome.UNCONNECTED]
+    if fault.after not in ("ended", "cut"):
+        never += [Outcome.CUT, Outcome.UNCONNECTED]
     elif fault.exit_status is not None:  # it ended in order: whom it let in it answered
         never.append(Outcome.CUT)
     if fault.after in ("unharmed", "cut"):
