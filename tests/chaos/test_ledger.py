@@ -122,7 +122,7 @@ def test_a_process_has_a_name_that_tells_what_it_is(line: str, name: str) -> Non
 
 def test_every_fault_says_what_it_is_and_what_follows() -> None:
     assert len({fault.about for fault in FAULTS.values()}) == len(FAULTS)
-    assert {fault.after for fault in FAULTS.values()} == {"lost", "unharmed", "either", "ended"}
+    assert {fault.after for fault in FAULTS.values()} == {"lost", "cut", "unharmed", "either", "ended"}
 
 
 def test_faults_share_a_service_where_it_is_started_alike() -> None:
