@@ -119,6 +119,16 @@ def test_the_example_configuration_has_every_key_with_its_default() -> None:
     example = ROOT / "deploy/config.example.yaml"
     assert list(yaml.safe_load(example.read_text())) == list(Config.model_fields)
     assert load_config(example, {}) == Config()
+    keys = {}
+    comments: list[str] = []
+    for line in example.read_text().splitlines():
+        if line.startswith("# "):
+            comments.append(line[2:])
+        else:
+            keys[line.partition(":")[0]], comments = " ".join(comments), []
+    assert {name: keys[name] for name in Config.model_fields} == {
+        name: field.description for name, field in Config.model_fields.items()
+    }
 
 
 def test_prometheus_scrapes_the_metrics_port() -> None:

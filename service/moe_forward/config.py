@@ -137,15 +137,17 @@ class Config(BaseModel):
         description="A rank (and its group), the engine or one of several front ends that gives no sign of life for so "
         "long is taken for lost, and replaced.",
     )
-    start_timeout_seconds: float = Field(600.0, gt=0, description="The process ends when ranks are not ready by then.")
+    start_timeout_seconds: float = Field(
+        600.0, gt=0, description="The process ends when ranks or front ends are not ready by then."
+    )
     drain_timeout_seconds: float = Field(30.0, ge=0, description="Longest wait for requests in flight on SIGTERM.")
     max_rank_restarts: int = Field(
         3, ge=0, description="Times in an hour that a lost rank group is started again; with one more loss it is over."
     )
     on_rank_loss: Literal["fail", "degrade"] = Field(
         "fail",
-        description="After more losses than max_rank_restarts: give up, or go on with the other ranks, with experts "
-        "missing where the others' memory cannot hold all; replies then say so.",
+        description="After more losses than max_rank_restarts: give up (fail), or go on with the other ranks (degrade),"
+        " with experts missing where the others' memory cannot hold all; replies then say so.",
     )
 
     expert_metrics: bool = Field(

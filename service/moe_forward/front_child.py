@@ -23,8 +23,8 @@ END_SECONDS = 5.0
 class FrontChild:
     """One process, made by `start_child`.
 
-    silence: kills it when it gives no sign of life. ended: it has hung up. up: it serves. connections, handed: see
-    `Taker`. last_word: why it failed.
+    deadline: kills it if it does not serve by then. silence: does so when it gives no sign of life later.
+    ended: it has hung up. up: it serves. connections, handed: see `Taker`. last_word: why it failed.
     inflight: forwards it is serving, None while it was asked and has not answered.
     asks: it wants to know what the others are serving.
     """
@@ -32,6 +32,7 @@ class FrontChild:
     number: int
     process: subprocess.Popen[bytes]
     channel: AsyncChannel
+    deadline: asyncio.TimerHandle
     silence: SilenceWatch
     ended: asyncio.Event
     up: bool = False
@@ -40,6 +41,17 @@ class FrontChild:
     last_word: str = ""
     inflight: int | None = 0
     asks: bool = False
+
+    def serves(self) -> None:
+        """It has said that it serves: from now on it has to be heard."""
+        self.up = True
+        self.deadline.cancel()
+        self.silence.watch((self.number,))
+
+    def lose(self, reason: str) -> None:
+        """End a process that is not to be waited for."""
+        self.last_word = reason
+        self.process.kill()
 
     def take(self, connection: socket.socket) -> None:
         """See `Taker`."""
@@ -58,6 +70,7 @@ class FrontChild:
 
     def close(self) -> None:
         """End the process, if it has not ended by itself, and hang up."""
+        self.deadline.cancel()
         self.silence.stop()
         self.process.kill()
         self.process.wait()
@@ -84,22 +97,24 @@ def start_child(
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # if it ended already, its channel says so
         pipe.write(task.to_json())
-    ended = asyncio.Event()
-
-    silence_seconds = task.config.silence_seconds
+    start_seconds, silence_seconds = task.config.start_timeout_seconds, task.config.silence_seconds
 
     def hung_up(channel: AsyncChannel) -> None:
         child.up = False
-        silence.stop()
-        ended.set()
+        child.deadline.cancel()
+        child.silence.stop()
+        child.ended.set()
 
-    def silent(numbers: list[int]) -> None:
-        child.last_word = f"no sign of life for {silence_seconds:g} s"
-        process.kill()
-
-    channel = AsyncChannel(ours, lambda _, message, fds: on_message(child, message, fds), hung_up)
-    silence = SilenceWatch(silence_seconds, silent)
-    child = FrontChild(task.number, process, channel, silence, ended)
+    child: FrontChild = FrontChild(
+        task.number,
+        process,
+        AsyncChannel(ours, lambda _, message, fds: on_message(child, message, fds), hung_up),
+        asyncio.get_running_loop().call_later(
+            start_seconds, lambda: child.lose(f"it does not serve after {start_seconds:g} s (start_timeout_seconds)")
+        ),
+        SilenceWatch(silence_seconds, lambda _: child.lose(f"no sign of life for {silence_seconds:g} s")),
+        asyncio.Event(),
+    )
     return child
 
 

@@ -212,8 +212,7 @@ class Fronts:
             log.warning("front end %d sent a %s, which nobody takes", child.number, type(message).__name__)
 
     def _is_up(self, child: FrontChild) -> None:
-        child.up = True
-        child.silence.watch((child.number,))
+        child.serves()
         self._served.add(child.number)
         log.info("front end %d serves (process %d)", child.number, child.process.pid)
         if len(self._served) == self._count:

@@ -278,6 +278,13 @@ async def test_a_front_end_that_cannot_start_ends_the_service_with_its_reason(
         await asyncio.wait_for(served.serving, WAIT_SECONDS)
 
 
+async def test_a_front_end_that_hangs_while_it_starts_ends_the_service(serve: Callable[..., Served]) -> None:
+    program = (sys.executable, "-c", "import time; time.sleep(600)")
+    served = serve(count=1, program=program, start_timeout_seconds=0.5)
+    with pytest.raises(StartError, match=r"front end 0 did not start: it does not serve after 0\.5 s"):
+        await asyncio.wait_for(served.serving, WAIT_SECONDS)
+
+
 async def test_a_front_end_whose_program_ends_at_once_ends_the_service(serve: Callable[..., Served]) -> None:
     served = serve(count=1, program=(sys.executable, "-c", "import sys; sys.exit(7)"))
     with pytest.raises(StartError, match="front end 0 did not start: its process ended with status 7"):
