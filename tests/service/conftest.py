@@ -61,6 +61,9 @@ class FakeRank:
         self.hung_up = threading.Event()
         self._on_step = on_step
         self._channel = self._call_engine(path)
+        with contextlib.suppress(ChannelClosed):  # an engine that hung up is seen by the thread
+            info = RankInfo(rank, "ready", 0.0, pid=1, node="n", device="cpu", experts=(0, 1))
+            self._channel.send(RankHello(generation, info, "fake exchange", "fake experts"))  # before any `beat`
         self._thread = threading.Thread(target=self._run, name=f"rank {rank} of generation {generation}")
         self._thread.start()
 
@@ -110,8 +113,6 @@ class FakeRank:
 
     def _run(self) -> None:
         with contextlib.suppress(ChannelClosed):
-            info = RankInfo(self.rank, "ready", 0.0, pid=1, node="n", device="cpu", experts=(0, 1))
-            self._channel.send(RankHello(self.generation, info, "fake exchange", "fake experts"))
             while True:
                 message, fds = self._channel.receive()
                 if isinstance(message, AttachSlab):
@@ -244,9 +245,14 @@ class Pool:
         await self.add_group(front, 1, *on_step)
         return front
 
+    async def announce(self, front: Front, group: Announce) -> None:
+        """Announce a group and wait until the engine has heard it: it hangs up on ranks that come before."""
+        front.link.announce(group)
+        await front.until(lambda: front.link.status.generation == group.generation)
+
     async def add_group(self, front: Front, generation: int, *on_step: OnStep | None) -> list[FakeRank]:
         """Announce a group and start its ranks."""
-        front.link.announce(Announce(generation, len(on_step), generation - 1))
+        await self.announce(front, Announce(generation, len(on_step), generation - 1))
         group = [self.add_rank(rank, len(on_step), generation, behaviour) for rank, behaviour in enumerate(on_step)]
         await front.until_ready(generation)
         return group

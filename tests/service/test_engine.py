@@ -84,7 +84,7 @@ async def test_until_every_rank_is_ready_requests_are_refused_with_the_reason(po
     front = await pool.add_front()
     result = await front.forward(front.request())
     assert (result.code, result.message) == (ErrorCode.NOT_READY, "no rank group was announced yet")
-    front.link.announce(Announce(1, 2, 0))
+    await pool.announce(front, Announce(1, 2, 0))
     pool.add_rank(1, 2)
     await front.until(lambda: front.link.status.reason == "waiting for 1 of 2 ranks")
     assert [info.state for info in front.link.status.ranks] == ["starting", "ready"]

@@ -27,7 +27,7 @@ async def test_what_ranks_lost_is_added_up_for_each_request(pool: Pool, gate: Ga
     pool.limits = replace(pool.limits, max_steps_in_flight=1)
     pool.start_engine()
     front = await pool.add_front()
-    front.link.announce(Announce(1, 2, 0, lacking_ranks=1, missing=(4, 5, 6)))
+    await pool.announce(front, Announce(1, 2, 0, lacking_ranks=1, missing=(4, 5, 6)))
     for rank in range(2):
         pool.add_rank(rank, 2, 1, waits_then_lacks)
     await front.until_ready(1)

@@ -103,7 +103,7 @@ async def test_a_rank_that_dies_between_steps_is_noticed(pool: Pool) -> None:
 async def test_a_rank_that_dies_before_all_are_ready_is_noticed(pool: Pool) -> None:
     pool.start_engine()
     front = await pool.add_front()
-    front.link.announce(Announce(1, 2, 0))
+    await pool.announce(front, Announce(1, 2, 0))
     rank = pool.add_rank(0, 2)
     await front.until(lambda: front.link.status.reason == "waiting for 1 of 2 ranks")
     rank.kill()

@@ -70,7 +70,7 @@ async def start(pool: Pool, door: Door, on_step: OnStep | None = None) -> tuple[
     """Start an engine with rank 0 on its host and rank 1 behind the gateway."""
     pool.start_engine()
     front = await pool.add_front()
-    front.link.announce(Announce(1, RANKS, 0))
+    await pool.announce(front, Announce(1, RANKS, 0))
     pool.add_rank(0, RANKS)
     remote = RemoteRank(door.address, 1, on_step=on_step)
     pool.ranks.append(remote)
@@ -144,7 +144,7 @@ async def test_the_next_group_comes_through_the_same_door(pool: Pool, door: Door
     remote.kill()
     pool.ranks[0].kill()
     await front.until(lambda: front.link.status.lost)
-    front.link.announce(Announce(2, RANKS, 1))
+    await pool.announce(front, Announce(2, RANKS, 1))
     pool.add_rank(0, RANKS, 2)
     pool.ranks.append(RemoteRank(door.address, 1, 2))
     await front.until_ready(2)
@@ -196,7 +196,7 @@ async def in_a_group_of(pool: Pool, door: Door) -> tuple[Front, FramedSocket]:
     """Start a group whose rank 1 is this test; it has been shown the slab."""
     pool.start_engine()
     front = await pool.add_front()
-    front.link.announce(Announce(1, RANKS, 0))
+    await pool.announce(front, Announce(1, RANKS, 0))
     pool.add_rank(0, RANKS)
     peer = FramedSocket(call(door.address))
     peer.send(hello(1))
@@ -283,7 +283,7 @@ async def test_heartbeats_of_a_remote_rank_come_from_the_rank_itself(pool: Pool,
     pool.silence_seconds = 1.0
     pool.start_engine()
     front = await pool.add_front()
-    front.link.announce(Announce(1, RANKS, 0))
+    await pool.announce(front, Announce(1, RANKS, 0))
     pool.add_rank(0, RANKS)
     remote = RemoteRank(door.address, 1)
     pool.ranks.append(remote)
