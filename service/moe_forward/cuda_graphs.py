@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,9 +43,21 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a capture may take memory from the driver, but not free any
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _without_collector():
             # Only this thread is held to what a capture allows: NCCL's watchdog asks its events all the time.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             work()  # where it fails the process ends: ending the capture would only hide the reason
             graph.capture_end()
         return graph.replay
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from running: freeing a graph, say of a closed rank, ends a capture."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
