@@ -8,10 +8,11 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from functools import lru_cache
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TextIO
 
 REST_SECONDS = 0.02
@@ -25,30 +26,44 @@ _BORN_WITH = len(logging.makeLogRecord({}).__dict__)
 STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 """What every record carries; anything else was given as `extra` (uvicorn adds a coloured copy of its message)."""
 
+_is_plain = re.compile(r"[!#-<>-~]+").fullmatch
+"""Printable ASCII without a space, a quote or an equals sign."""
+
 _ALIKE = {
     **logging.LogRecord("", 0, __file__, 0, "request", (), None, "log_request").__dict__,
     **dict.fromkeys(("thread", "threadName", "process", "processName")),
 }
 """What all lines of requests have."""
 
-_PLAIN = re.compile(r"[!#-<>-~]+")
-"""Printable ASCII without a space, a quote or an equals sign."""
-
 
 class RequestLine(logging.LogRecord):
-    """The record of a finished request. fields: what it says, in order; those that are None are left out. For handlers
-    that know nothing of this class they are attributes, as those of other records are."""
+    """The record of a finished request, of which little is made before it is written.
 
-    def __init__(self, name: str, level: int, fields: dict[str, Any]) -> None:
+    Handlers that know nothing of this class see what every record has, without the fields.
+
+    tell: returns what it says, in order; fields that are None are left out.
+    always: further fields, see `Always`.
+    """
+
+    always: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, name: str, level: int, tell: Callable[[], dict[str, Any]]) -> None:
         # what all of them have alike is known: to find it out is half of what a line costs
         self.__dict__.update(_ALIKE)
-        self.__dict__.update(fields)
         self.name = name
         self.levelno = level
         self.levelname = logging.getLevelName(level)
         self.created = time.time()
         self.msecs = int(self.created % 1 * 1000) + 0.0  # as LogRecord does
-        self.fields = fields
+        self._tell = tell
+
+    def fields(self) -> dict[str, Any]:
+        """Return what the line says."""
+        fields = self._tell()
+        for name, value in self.always.items():
+            if fields.get(name) is None:
+                fields[name] = value
+        return fields
 
     @property
     def may_wait(self) -> bool:
@@ -58,7 +73,7 @@ class RequestLine(logging.LogRecord):
 
 def _given(record: logging.LogRecord) -> Iterable[tuple[str, Any]]:
     if isinstance(record, RequestLine):
-        return record.fields.items()
+        return record.fields().items()
     return islice(record.__dict__.items(), _BORN_WITH, None)
 
 
@@ -85,23 +100,15 @@ def _one_line(text: str) -> str:
     return text.replace("\r", "\\r").replace("\n", "\\n")
 
 
-def _text_value(value: Any) -> str:
-    """Bare where that is unambiguous, else as JSON: a value can never look like another field or another line."""
-    kind = type(value)
-    if kind is float:
-        return f"{value:.6g}"
-    text = str(value)
-    if kind is int:
-        return text
-    return text if _PLAIN.fullmatch(text) else json.dumps(text)
-
-
 class _Template(NamedTuple):
-    """How fields of certain names and types are written. pattern: for `%`. names: told ones. quoted: places of text."""
+    """How fields of certain names and types are written.
+
+    pattern: for `%`. names: told ones. texts: places of those that are written as text.
+    """
 
     pattern: str
     names: tuple[str, ...]
-    quoted: tuple[int, ...]
+    texts: tuple[int, ...]
 
 
 _PATTERNS = {int: "%d", float: "%.6g"}
@@ -115,16 +122,21 @@ def _template(names: tuple[str, ...], kinds: tuple[type, ...]) -> _Template:
         if kind is not type(None) and name not in STANDARD_FIELDS and name[0] != "_"
     ]
     pattern = "".join(f" {name.replace('%', '%%')}={_PATTERNS.get(kind, '%s')}" for name, kind in told)
-    quoted = tuple(place for place, (_, kind) in enumerate(told) if kind not in _PATTERNS)
-    return _Template(pattern, tuple(name for name, _ in told), quoted)
+    texts = tuple(place for place, (_, kind) in enumerate(told) if kind not in _PATTERNS)
+    return _Template(pattern, tuple(name for name, _ in told), texts)
 
 
 def _fields_text(fields: Mapping[str, Any]) -> str:
-    """Return fields as `_text_value` writes each, by one pattern: requests have the same ones again and again."""
-    pattern, names, quoted = _template(tuple(fields), tuple(map(type, fields.values())))
-    values = [fields[name] for name in names]
-    for place in quoted:
-        values[place] = _text_value(values[place])
+    """Return ` name=value` of each, by one pattern: requests have the same ones again and again.
+
+    A text is bare where that is unambiguous, else JSON: it can never look like another field or another line.
+    """
+    pattern, names, texts = _template(tuple(fields), tuple(map(type, fields.values())))
+    values = list(map(fields.__getitem__, names))
+    for place in texts:
+        text = values[place] = str(values[place])
+        if not _is_plain(text):
+            values[place] = json.dumps(text)
     return pattern % tuple(values)
 
 
@@ -133,7 +145,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text."""
-        fields = _fields_text(record.fields if isinstance(record, RequestLine) else extra_fields(record))
+        fields = _fields_text(record.fields() if isinstance(record, RequestLine) else extra_fields(record))
         line = f"{_timestamp(record)} {record.levelname} {record.name}: {_one_line(record.getMessage())}{fields}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
@@ -207,11 +219,7 @@ class Always(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass."""
         if isinstance(record, RequestLine):
-            given = record.fields
-            record.fields = {**given, **self._fields}
-            for name in self._fields:
-                if given.get(name) is not None:
-                    record.fields[name] = given[name]
+            record.always = self._fields
         else:
             record.__dict__.update({**self._fields, **extra_fields(record)})
         return True
@@ -249,7 +257,10 @@ def configure(
     logging.getLogger("uvicorn.access").disabled = True
 
 
-def log_request(log: logging.Logger, level: int, fields: dict[str, Any]) -> None:
-    """Write the one line of a finished request; `fields` must not hold anything a client sent as tensor data."""
+def log_request(log: logging.Logger, level: int, tell: Callable[[], dict[str, Any]]) -> None:
+    """Write the one line of a finished request, soon.
+
+    tell: returns its fields, nothing of which a client sent as tensor data; they must not change any more.
+    """
     if log.isEnabledFor(level):
-        log.handle(RequestLine(log.name, level, fields))
+        log.handle(RequestLine(log.name, level, tell))

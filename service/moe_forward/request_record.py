@@ -38,6 +38,7 @@ class RequestRecord:
     error: the sentence of a 5xx; that of a 4xx may quote what the client sent, so it is not kept.
     *_seconds: None for a part that was not reached; `duration_seconds` is the whole request.
     trace_id: of the trace it is part of, as hex, or None. sampled: somebody keeps that trace.
+    caller: name of the API key it came with, None where nobody is asked for one.
     moments, result: for its spans; the log line does not repeat them.
     """
 
@@ -57,6 +58,7 @@ class RequestRecord:
     duration_seconds: float = 0.0
     error: str | None = None
     trace_id: str | None = None
+    caller: str | None = None
     sampled: bool = False
     moments: Moments = field(default_factory=Moments)
     result: ForwardResult | None = None

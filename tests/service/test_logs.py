@@ -5,6 +5,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +27,10 @@ from moe_forward.logs import (
 )
 
 log = logging.getLogger("moe_forward.test")
+
+
+def request(level: int, **fields: int) -> None:
+    log_request(log, level, lambda: fields)
 
 
 @pytest.fixture
@@ -115,15 +120,15 @@ def test_uvicorns_own_records_come_through_once_and_its_access_log_not(stream: i
 
 def test_request_lines_carry_their_fields_and_obey_the_level(stream: io.StringIO) -> None:
     configure("warning", "json", stream)
-    log_request(log, logging.INFO, {"status": 200})
-    log_request(log, logging.ERROR, {"status": 500})
+    request(logging.INFO, status=200)
+    request(logging.ERROR, status=500)
     assert json.loads(stream.getvalue())["status"] == 500
 
 
 async def test_request_lines_are_written_together_soon_after_the_first(stream: io.StringIO) -> None:
     configure("info", "json", stream)
     for number in range(3):
-        log_request(log, logging.INFO, {"number": number})
+        request(logging.INFO, number=number)
     assert stream.getvalue() == ""
     while not stream.getvalue():
         await asyncio.sleep(REST_SECONDS)
@@ -132,24 +137,24 @@ async def test_request_lines_are_written_together_soon_after_the_first(stream: i
 
 async def test_other_lines_are_written_at_once_and_behind_those_of_earlier_requests(stream: io.StringIO) -> None:
     configure("info", "json", stream)
-    log_request(log, logging.INFO, {"number": 0})
+    request(logging.INFO, number=0)
     log.info("told", extra={"number": 1})
     assert numbers(stream) == [0, 1]
-    log_request(log, logging.INFO, {"number": 2})
-    log_request(log, logging.ERROR, {"number": 3})
+    request(logging.INFO, number=2)
+    request(logging.ERROR, number=3)
     assert numbers(stream) == [0, 1, 2, 3]
 
 
 async def test_many_request_lines_do_not_wait_for_each_other(stream: io.StringIO) -> None:
     configure("info", "json", stream)
     for number in range(MOST_WAITING + 1):
-        log_request(log, logging.INFO, {"number": number})
+        request(logging.INFO, number=number)
     assert numbers(stream) == list(range(MOST_WAITING))
 
 
 async def test_what_waits_is_written_when_logging_ends(stream: io.StringIO) -> None:
     configure("info", "json", stream)
-    log_request(log, logging.INFO, {"number": 0})
+    request(logging.INFO, number=0)
     for handler in logging.getLogger().handlers:
         handler.flush()  # as logging.shutdown does when the process ends
     assert numbers(stream) == [0]
@@ -159,7 +164,7 @@ async def test_a_log_that_cannot_be_written_ends_no_request(
     stream: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure("info", "text", stream)
-    log_request(log, logging.INFO, {"number": 0})
+    request(logging.INFO, number=0)
     stream.close()
     log.warning("also lost")
     assert "I/O operation on closed file" in capsys.readouterr().err
@@ -183,7 +188,7 @@ def test_a_request_line_says_what_any_record_with_its_fields_says(
     given_fields: dict[str, Any], always: dict[str, Any]
 ) -> None:
     plain = logging.LogRecord("moe", logging.INFO, __file__, 0, "request", (), None)
-    line = RequestLine("moe", logging.INFO, dict(given_fields))
+    line = RequestLine("moe", logging.INFO, partial(dict, given_fields))
     plain.__dict__.update({name: value for name, value in given_fields.items() if name not in STANDARD_FIELDS})
     line.created = plain.created
     for record in (plain, line):
@@ -204,9 +209,20 @@ def in_text(value: Any) -> str:
     return text if plain or type(value) is int else json.dumps(text)
 
 
-def test_fields_of_a_request_are_attributes_for_other_handlers() -> None:
-    line = RequestLine("moe", logging.INFO, {"status": 200, "levelname": "forged"})
-    assert (vars(line)["status"], line.levelname, line.thread) == (200, "INFO", None)
+def test_other_handlers_can_write_a_request_line() -> None:
+    line = RequestLine("moe", logging.INFO, lambda: {"levelname": "forged"})
+    formatter = logging.Formatter("%(levelname)s %(name)s %(message)s %(process)s %(module)s")
+    assert formatter.format(line) == "INFO moe request None logs"
+    assert formatter.formatTime(line)
+
+
+def test_what_a_request_line_says_is_asked_for_only_where_it_is_written(stream: io.StringIO) -> None:
+    def fail() -> dict[str, Any]:
+        raise AssertionError
+
+    configure("warning", "text", stream)
+    log_request(log, logging.INFO, fail)
+    assert stream.getvalue() == ""
 
 
 def numbers(stream: io.StringIO) -> list[int]:

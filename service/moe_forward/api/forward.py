@@ -70,7 +70,7 @@ class ForwardRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request and account for it, whatever its end."""
-        record = RequestRecord(self._route, request_id(scope), self._model)
+        record = RequestRecord(self._route, request_id(scope), self._model, caller=caller(scope))
         peer = peer_of(scope, receive, send)
         lease = Lease(self._link)
         parts = self._parts
@@ -91,7 +91,7 @@ class ForwardRoute:
             parts.metrics.request_finished(record)
             if parts.tracer is not None:
                 parts.tracer.request_finished(span, record)
-            _log(record, caller(scope))
+            _log(record)
 
     def _begin_trace(self, scope: Scope, peer: Peer, record: RequestRecord) -> object:
         """Note the trace that the request is part of, and begin its span where traces are collected."""
@@ -230,11 +230,9 @@ def _too_late() -> ForwardError:
     return ForwardError(ErrorCode.DEADLINE_EXCEEDED, "timeout_ms: the deadline passed before the step was done")
 
 
-def _log(record: RequestRecord, caller: str | None) -> None:
+def _log(record: RequestRecord) -> None:
     if record.code is ErrorCode.INTERNAL:
         level = logging.ERROR
     else:
         level = logging.WARNING if record.status >= 500 else logging.INFO
-    fields = record.fields()
-    fields["caller"] = caller
-    log_request(log, level, fields)
+    log_request(log, level, record.fields)

@@ -148,7 +148,7 @@ class ApiKeyMiddleware:
             "method": scope["method"],
             "path": scope["path"][:LOGGED_CHARACTERS],
         }
-        log_request(log, logging.INFO, fields)
+        log_request(log, logging.INFO, lambda: fields)
 
 
 def presented(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
