@@ -36,7 +36,10 @@ def planned(spec: ModelSpec, ranks: int) -> MemoryPlan:
     config = Config()
     exchange = "local" if ranks == 1 else "deepep"
     max_tokens = min(-(-config.max_step_tokens // ranks), config.max_rank_tokens)
-    return memory_plan.plan(spec, ranks, exchange, "cutlass", max_tokens, config.activation_scale)
+    return memory_plan.plan(
+        *(spec, ranks, exchange, "cutlass", max_tokens, config.activation_scale),
+        max_graph_tokens=config.max_graph_tokens,
+    )
 
 
 def fewest_ranks(spec: ModelSpec, free_bytes: float) -> str:

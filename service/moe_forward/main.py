@@ -82,7 +82,10 @@ def _memory_plan(spec: ModelSpec, ranks: int, device: str, options: dict[str, ob
     experts = "reference" if device == "cpu" else "cutlass"
     defaults = Config()
     max_tokens = min(-(-step_tokens // ranks), defaults.max_rank_tokens)
-    return memory_plan.plan(spec, ranks, exchange, experts, max_tokens, defaults.activation_scale)
+    return memory_plan.plan(
+        *(spec, ranks, exchange, experts, max_tokens, defaults.activation_scale),
+        max_graph_tokens=defaults.max_graph_tokens,
+    )
 
 
 def _make_model(options: dict[str, object]) -> None:

@@ -7,11 +7,13 @@ take: those lines are estimates and say so.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from moe_forward.cuda_graphs import buckets
 from moe_forward.errors import StartError
 from moe_forward.exchange import Place, nccl
 from moe_forward.types import ActivationScale, ModelSpec, expert_range
@@ -26,8 +28,7 @@ NCCL_BYTES = 1024 * MIB  # channels to the other GPUs
 DEEPEP_WORKSPACE_BYTES = 16 * MIB
 STAGING_BYTES = 512 * MIB  # weights on their way to a GPU ahead of their layer, and temporaries of packing one expert
 
-GRAPH_TOKENS = 512  # up to so many a step is a graph, by default
-GRAPHS_OF_A_LAYER = 55  # 11 token counts up to that: the intake, and with and without shared experts and phase times
+GRAPHS_OF_A_SIZE = 5  # of a layer: the intake, and the forward with and without shared experts and phase times
 GRAPH_BYTES = MIB  # some thirty kernels with their arguments
 GRAPH_POOL_FACTOR = 2  # memory of all graphs over that of the largest: blocks of different sizes share it badly
 
@@ -76,7 +77,7 @@ class MemoryPlan:
         advice += " (layers), or use more ranks (ranks)"
         if _sum(self.serving) > _sum(self.loading):
             advice += (
-                ", or lower max_step_tokens or max_rank_tokens, on which most of the "
+                ", or lower max_step_tokens, max_rank_tokens or max_graph_tokens, on which most of the "
                 f"{_gigabytes(_sum(self.serving))} beside the weights depends"
             )
         raise StartError(
@@ -101,12 +102,14 @@ def plan(
     max_tokens: int,
     granularity: ActivationScale,
     *,
+    max_graph_tokens: int,
     missing_experts: int = 0,
 ) -> MemoryPlan:
     """Work out the memory of the rank that holds most experts.
 
     spec: with the layers to serve. exchange, experts: names as resolved, never `auto`.
     max_tokens: T, rows that one rank forwards at once at most. granularity: of the activation scales.
+    max_graph_tokens: rows up to which a step is a graph.
     missing_experts: how many of the model's experts the group does without.
     Returns: GPU memory for the experts `cutlass` and the exchanges between GPUs; else the host's: weights, most of
         which are mapped files that the kernel reads and drops as it likes.
@@ -132,7 +135,8 @@ def plan(
     title = f"memory of a rank of {ranks}: {len(spec.layers)} layers, {max(shares)} of {spec.num_experts} experts each"
     if experts != "cutlass" and exchange not in ("deepep", "nccl"):
         return MemoryPlan(f"{title}, on the host", weights, (), (), len(spec.layers))
-    serving = (*_buffers(spec, place, exchange, granularity), *_step(spec, place, exchange, granularity))
+    sizes = [size for size in buckets(max_tokens) if size <= max_graph_tokens]
+    serving = (*_buffers(spec, place, exchange, granularity, sizes), *_step(spec, place, exchange, granularity))
     title += f", {max_tokens} tokens, exchange {exchange}"
     return MemoryPlan(title, weights, _loading(spec, max(shares), experts), serving, len(spec.layers))
 
@@ -166,8 +170,10 @@ def _loading(spec: ModelSpec, local: int, experts: str) -> tuple[MemoryItem, ...
     )
 
 
-def _buffers(spec: ModelSpec, place: Place, exchange: str, granularity: ActivationScale) -> tuple[MemoryItem, ...]:
-    """What else a GPU holds for good."""
+def _buffers(
+    spec: ModelSpec, place: Place, exchange: str, granularity: ActivationScale, graph_tokens: Sequence[int]
+) -> tuple[MemoryItem, ...]:
+    """What else a GPU holds for good. graph_tokens: sizes of the steps that are graphs, ascending."""
     items = []
     if exchange == "deepep":
         items.append(
@@ -175,17 +181,20 @@ def _buffers(spec: ModelSpec, place: Place, exchange: str, granularity: Activati
         )
     if exchange in ("deepep", "nccl"):
         items.append(MemoryItem("NCCL", NCCL_BYTES, "estimate"))
-    few = replace(place, max_tokens=min(GRAPH_TOKENS, place.max_tokens))
-    pool_bytes = GRAPH_POOL_FACTOR * _sum(_step(spec, few, exchange, granularity))
-    graphs = len(spec.layers) * GRAPHS_OF_A_LAYER
+    if graph_tokens:
+        largest = replace(place, max_tokens=graph_tokens[-1])
+        pool_bytes = GRAPH_POOL_FACTOR * _sum(_step(spec, largest, exchange, granularity))
+        graphs = len(spec.layers) * len(graph_tokens) * GRAPHS_OF_A_SIZE
+        items += [
+            MemoryItem("memory of graphs", pool_bytes, f"estimate: twice a step of {graph_tokens[-1]} tokens"),
+            MemoryItem("graphs", graphs * GRAPH_BYTES, f"estimate: {graphs} of {GRAPH_BYTES // MIB} MiB"),
+        ]
     token_bytes = 5 * place.hidden_size + 4 * place.scale_columns + 12 * place.top_k + 1
     return (
         *items,
         MemoryItem(
             "inputs and outputs", place.max_tokens * token_bytes, f"{place.max_tokens} tokens, where graphs find them"
         ),
-        MemoryItem("memory of graphs", pool_bytes, f"estimate: twice a step of {few.max_tokens} tokens"),
-        MemoryItem("graphs", graphs * GRAPH_BYTES, f"estimate: {graphs} of {GRAPH_BYTES // MIB} MiB"),
         MemoryItem("CUDA", CUDA_BYTES, "estimate: modules, workspaces, rounding"),
     )
 

@@ -99,6 +99,7 @@ def planned_memory(setup: RankSetup) -> MemoryPlan:
         setup.experts,
         setup.max_tokens,
         setup.activation_scale,
+        max_graph_tokens=setup.max_graph_tokens,
         missing_experts=len(setup.missing),
     )
 

@@ -165,7 +165,10 @@ def _pool_setup(config: Config, spec: ModelSpec, folder: Path, runtime_folder: P
         *(ranks, device, threads, exchange_name, experts_name),
     )
     max_tokens = min(-(-config.max_step_tokens // ranks), config.max_rank_tokens)
-    plan = memory_plan.plan(spec, ranks, exchange_name, experts_name, max_tokens, config.activation_scale)
+    plan = memory_plan.plan(
+        *(spec, ranks, exchange_name, experts_name, max_tokens, config.activation_scale),
+        max_graph_tokens=config.max_graph_tokens,
+    )
     for line in str(plan).splitlines():
         log.info("%s", line)
     rank = RankSetup(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,19 @@ import torch
 from moe_forward import checkpoint, memory_plan
 from moe_forward.checkpoint.presets import PRESETS
 from moe_forward.checkpoint.synthetic import write_model
+from moe_forward.config import Config
 from moe_forward.errors import StartError
 from moe_forward.experts import LayerExperts
 from moe_forward.experts.packing import PackedLayer, pack_layers
 from moe_forward.main import main
-from moe_forward.memory_plan import MemoryItem, MemoryPlan, plan
+from moe_forward.memory_plan import MemoryItem, MemoryPlan
 from moe_forward.types import GateSpec, ModelSpec
 from w4afp8.linear import slice_weight
 
 R1 = ModelSpec("r1", 7168, 2048, 256, 8, 2048, tuple(range(3, 61)), 128, GateSpec("deepseek_v3", 8, 4))
 K2 = ModelSpec("k2", 7168, 2048, 384, 8, 2048, tuple(range(1, 61)), 32, GateSpec("deepseek_v3", 1, 1))
 GB = 10**9
+plan = partial(memory_plan.plan, max_graph_tokens=Config().max_graph_tokens)
 H200_BYTES = 140 * GB
 """What a context leaves of its 141 GB."""
 
@@ -119,6 +122,17 @@ def test_more_tokens_take_more_and_more_ranks_hold_less(exchange: str) -> None:
         assert plan(R1, 8, exchange, "cutlass", 64, "token").total_bytes < few.total_bytes
 
 
+def test_memory_of_graphs_follows_the_largest_of_them() -> None:
+    none, few, many, all_sizes = (
+        plan(R1, 4, "deepep", "cutlass", 2048, "token", max_graph_tokens=tokens) for tokens in (0, 100, 1024, 10**6)
+    )
+    assert {item.name for item in few.serving} - {item.name for item in none.serving} == {"memory of graphs", "graphs"}
+    assert size(few, "graphs") == 58 * 8 * 5 << 20  # 1 to 96 tokens; graphs of 100 would never be used
+    assert size(many, "graphs") == 58 * 12 * 5 << 20
+    assert size(few, "memory of graphs") < size(many, "memory of graphs") / 5
+    assert all_sizes == plan(R1, 4, "deepep", "cutlass", 2048, "token", max_graph_tokens=2048)
+
+
 def test_a_plan_that_fits_passes_and_one_byte_less_does_not() -> None:
     planned = plan(R1, 4, "deepep", "cutlass", 2048, "token")
     planned.check(planned.total_bytes)
@@ -133,7 +147,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_advice() -> None:
     text = str(refused.value)
     assert "64 of 256 experts each, 2048 tokens, exchange deepep: needs " in text
     assert "the GPU has 60.00 GB free" in text
-    assert "or use more ranks (ranks), or lower max_step_tokens or max_rank_tokens" in text
+    assert "or use more ranks (ranks), or lower max_step_tokens, max_rank_tokens or max_graph_tokens" in text
     assert str(planned) in text
     advised = int(text.split("serve ")[1].split(" of the 58 layers (layers)")[0])
     fits, too_many = (replace(R1, layers=R1.layers[:count]) for count in (advised, advised + 4))
@@ -174,9 +188,9 @@ def test_inspect_prints_the_plan_of_a_device(model: Path, capsys: pytest.Capture
     assert "memory of a rank" not in capsys.readouterr().out
     assert main(["inspect", str(model), "--ranks", "4", "--layers", "2", "--device", "cuda"]) == 0
     one = replace(spec, layers=(2,))
-    assert str(memory_plan.plan(one, 4, "deepep", "cutlass", 2048, "token")) in capsys.readouterr().out
+    assert str(plan(one, 4, "deepep", "cutlass", 2048, "token")) in capsys.readouterr().out
     options = ["--device", "cuda", "--exchange", "nccl", "--max-step-tokens", "100"]
     assert main(["inspect", str(model), "--ranks", "3", *options]) == 0
-    assert str(memory_plan.plan(spec, 3, "nccl", "cutlass", 34, "token")) in capsys.readouterr().out
+    assert str(plan(spec, 3, "nccl", "cutlass", 34, "token")) in capsys.readouterr().out
     assert main(["inspect", str(model), "--device", "cpu"]) == 0
-    assert str(memory_plan.plan(spec, 1, "local", "reference", 4096, "token")) in capsys.readouterr().out
+    assert str(plan(spec, 1, "local", "reference", 4096, "token")) in capsys.readouterr().out
