@@ -20,6 +20,7 @@ from moe_forward import tracing
 from moe_forward.api import create_app
 from moe_forward.config import Config
 from moe_forward.errors import StartError
+from moe_forward.logs import extra_fields
 from moe_forward.metrics import Metrics
 from moe_forward.tracing import export
 from moe_forward.types import PHASES, GateSpec, ModelSpec
@@ -172,7 +173,7 @@ async def test_the_log_line_and_the_exemplar_name_the_trace(
     with caplog.at_level(logging.INFO, "moe_forward.api.forward"):
         await served.post(**PARENT)
     (line,) = [record for record in caplog.records if record.message == "request"]
-    assert line.__dict__["trace_id"] == TRACE
+    assert extra_fields(line)["trace_id"] == TRACE
     assert f'# {{trace_id="{TRACE}"}}' in generate_latest(served.registry).decode()
     served.tracer.close()
 
@@ -182,7 +183,7 @@ async def test_without_a_tracer_the_clients_trace_is_still_named(pool: Pool, cap
     with caplog.at_level(logging.INFO, "moe_forward.api.forward"):
         await plain.post(traceparent=f"00-{TRACE}-{SPAN}-00")
         await plain.post()
-    named = [record.__dict__["trace_id"] for record in caplog.records if record.message == "request"]
+    named = [extra_fields(record).get("trace_id") for record in caplog.records if record.message == "request"]
     assert named == [TRACE, None]
     assert "trace_id" not in generate_latest(plain.registry).decode(), "nobody keeps that trace"
     await plain.post(**PARENT)
