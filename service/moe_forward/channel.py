@@ -152,7 +152,7 @@ class AsyncChannel:
     on_message: called with each message and the descriptors it carried (the callee closes them).
     on_close: called once when the other end is gone; not after `close`.
     on_rest: called after the messages of each datagram; tells whether to look for another at once, before other
-        channels have their turn; by default not. decoders: how to read them.
+        channels have their turn. decoders: how to read them.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class AsyncChannel:
         sock: socket.socket,
         on_message: Callable[[AsyncChannel, Message, list[int]], None],
         on_close: Callable[[AsyncChannel], None],
-        on_rest: Callable[[], bool] = lambda: False,
+        on_rest: Callable[[], bool] = lambda: True,
         decoders: Decoders = DECODERS,
     ) -> None:
         sock.setblocking(False)
